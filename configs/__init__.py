@@ -1,0 +1,1 @@
+"""What a run is: the typed schema, the YAML loader and the shipped run files."""

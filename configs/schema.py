@@ -1,0 +1,338 @@
+"""What a run is: every field, its unit, and every rule between fields.
+
+A `RunConfig` is a frozen value. It is built by `configs.loading` from YAML and never written to
+afterwards. Rules that need a bucket, a world size or a weights file are not here: they are checked
+by `pretrain.preflight` and `pretrain.run_plan` before a run starts.
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Url = Annotated[str, Field(min_length=1, pattern=r"^(s3://[^/]+/.+|file://.+|[^:]+)$")]
+
+
+class Section(BaseModel):
+    """A part of the schema: unknown keys refused, no coercion, no change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class StoreConfig(Section):
+    """How object storage is reached. Credentials come from the AWS_* environment only."""
+
+    endpoint_url: str | None = None
+    """S3 endpoint; null means AWS_ENDPOINT_URL, or AWS itself where that is unset."""
+    deadline_seconds: PositiveFloat = 60.0
+    """A request is retried for this long before the run stops with one error."""
+    request_timeout_seconds: PositiveFloat = 10.0
+    """A single attempt may take this long."""
+
+
+class DataConfig(Section):
+    """Which images, and how they are dealt out."""
+
+    shards: Url
+    """Folder of WebDataset tars with their index (s3://bucket/prefix or a local path)."""
+    image_size_px: PositiveInt
+    """Side of the square the encoder and the backbone see; images are resized to it."""
+    lanes: PositiveInt = 64
+    """Number of places in the epoch that are read side by side; more lanes mix better."""
+    window_rows: PositiveInt = 128
+    """Consecutive rows of a shard fetched by one ranged GET and shuffled together."""
+    decode_threads: PositiveInt = 2
+    """Threads that decode images, per rank."""
+    prefetch_batches: PositiveInt = 4
+    """Decoded micro-batches held ready, per rank; bounds the loader's memory."""
+
+
+class UNetConfig(Section):
+    """Shape of an ADM-type U-Net (METHOD section 4)."""
+
+    in_channels: PositiveInt = 3
+    """Image channels, before pixel-unshuffling."""
+    patch_size_px: PositiveInt = 1
+    """Pixels of a patch are folded into channels; 1 is the published models' layout."""
+    base_channels: PositiveInt = 64
+    channel_multipliers: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 4, 8)
+    num_res_blocks: PositiveInt = 2
+    attention_factors: tuple[PositiveInt, ...] = (4,)
+    """Down-sampling factors (not pixels) at which self-attention is applied."""
+    num_heads: PositiveInt = 1
+    head_channels: PositiveInt | None = None
+    """Channels per attention head; null means channels / num_heads."""
+    attention_order: Literal["legacy", "new"] = "legacy"
+    """Channel layout of q, k, v: heads first (legacy) or q|k|v first (new)."""
+    dropout: Fraction = 0.0
+
+    @model_validator(mode="after")
+    def _channels_fit_group_norm(self) -> Self:
+        if self.base_channels % 32:
+            raise ValueError(
+                f"base_channels must be a multiple of 32 (GroupNorm has 32 groups), "
+                f"got {self.base_channels}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _attention_fits(self) -> Self:
+        factors = [2**level for level in range(len(self.channel_multipliers))]
+        if unknown := sorted(set(self.attention_factors) - set(factors)):
+            raise ValueError(
+                f"attention_factors are down-sampling factors, not pixels: this U-Net has "
+                f"{factors}, got {unknown}"
+            )
+        multipliers = dict(zip(factors, self.channel_multipliers, strict=True))
+        for factor in (*self.attention_factors, factors[-1]):  # the middle has attention, always
+            channels = self.base_channels * multipliers[factor]
+            if channels % (self.head_channels or self.num_heads):
+                raise ValueError(
+                    f"num_heads (or head_channels) must divide the {channels} channels of the "
+                    f"attention at factor {factor}, got {self.head_channels or self.num_heads}"
+                )
+        return self
+
+
+class ScheduleConfig(Section):
+    """Linear noise schedule: beta_t from `beta_start` to `beta_end` over `num_timesteps`."""
+
+    num_timesteps: PositiveInt = 1000
+    beta_start: PositiveFloat = 1e-4
+    beta_end: PositiveFloat = 0.02
+
+    @model_validator(mode="after")
+    def _betas_rise_below_one(self) -> Self:
+        if not self.beta_start <= self.beta_end < 1:
+            raise ValueError(
+                f"beta_start <= beta_end < 1 must hold, got {self.beta_start} and {self.beta_end}"
+            )
+        return self
+
+
+class BackboneConfig(Section):
+    """The frozen, pre-trained denoiser: somebody else's weights, pinned by hash."""
+
+    weights: Url
+    """safetensors file with its JSON card beside it, or `builtin/NAME` for a packaged one."""
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    """SHA-256 of the safetensors file; a file with another hash is refused."""
+
+
+class EncoderConfig(Section):
+    """Convolutional encoder x_0 -> z (METHOD section 4)."""
+
+    latent_dim: PositiveInt = 512
+    """Dimensions of z."""
+    channels: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (64, 128, 128, 128)
+    """Output channels of the stride-2 convolutions, in order."""
+    attention_after: NonNegativeInt | None = 2
+    """Self-attention after this many convolutions; null means none."""
+    num_heads: PositiveInt = 4
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> Self:
+        odd = [channels for channels in self.channels if channels % 32]
+        if odd:
+            raise ValueError(f"channels must be multiples of 32 (GroupNorm), got {odd}")
+        if self.attention_after is not None and not (
+            1 <= self.attention_after <= len(self.channels)
+        ):
+            raise ValueError(
+                f"attention_after must be between 1 and {len(self.channels)}, "
+                f"the number of convolutions, got {self.attention_after}"
+            )
+        if self.attention_after and self.channels[self.attention_after - 1] % self.num_heads:
+            raise ValueError(
+                f"num_heads must divide the {self.channels[self.attention_after - 1]} channels of "
+                f"the attention, got {self.num_heads}"
+            )
+        return self
+
+
+class PartitionConfig(Section):
+    """How z is cut by time-step (METHOD section 2), stage by stage."""
+
+    stage_ends: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (50, 100, 300, 500, 1000)
+    """Exclusive last time-step of each stage; the last one is the schedule's length."""
+    stage_dims: tuple[PositiveInt, ...] = (10, 25, 327, 100, 50)
+    """Dimensions of z that each stage receives; their sum is latent_dim."""
+    stage_subsets: tuple[PositiveInt, ...] = (4, 3, 13, 12, 32)
+    """Subsets that each stage is cut into, evenly in time-steps."""
+
+    @model_validator(mode="after")
+    def _stages_agree(self) -> Self:
+        lengths = (len(self.stage_ends), len(self.stage_dims), len(self.stage_subsets))
+        if len(set(lengths)) != 1:
+            raise ValueError(
+                f"stage_ends, stage_dims and stage_subsets need one entry per stage, "
+                f"got {lengths[0]}, {lengths[1]} and {lengths[2]}"
+            )
+        starts = (0, *self.stage_ends[:-1])
+        for start, end, dims, subsets in zip(
+            starts, self.stage_ends, self.stage_dims, self.stage_subsets, strict=True
+        ):
+            if end <= start:
+                raise ValueError(f"stage_ends must rise, got {end} after {start}")
+            if subsets > min(dims, end - start):
+                raise ValueError(
+                    f"stage [{start}, {end}) has {subsets} subsets but only {dims} dimensions and "
+                    f"{end - start} time-steps; each subset needs at least one of both"
+                )
+        return self
+
+
+class DitiTask(Section):
+    """Train the encoder and the shift decoder against a frozen backbone (METHOD section 3)."""
+
+    kind: Literal["diti"]
+    backbone: BackboneConfig
+    encoder: EncoderConfig = EncoderConfig()
+    partition: PartitionConfig = PartitionConfig()
+    mode: Literal["base"] = "base"
+    """Which dimensions of z a time-step sees; `base` is every subset up to its own."""
+    weight: Literal["snr", "constant"] = "snr"
+    """Loss weight: the paper's SNR^0.1 / (1 + SNR), or 1."""
+    timesteps: tuple[NonNegativeInt, PositiveInt] = (0, 1000)
+    """Half-open range that training time-steps are drawn from, uniformly."""
+
+    @model_validator(mode="after")
+    def _dims_add_up(self) -> Self:
+        total = sum(self.partition.stage_dims)
+        if total != self.encoder.latent_dim:
+            raise ValueError(
+                f"partition.stage_dims add up to {total}, but encoder.latent_dim is "
+                f"{self.encoder.latent_dim}; they must be equal"
+            )
+        _check_timesteps(self.timesteps, self.partition.stage_ends[-1])
+        return self
+
+
+class DenoiserTask(Section):
+    """Train a backbone: an unconditional denoiser, epsilon prediction."""
+
+    kind: Literal["denoiser"]
+    unet: UNetConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    timesteps: tuple[NonNegativeInt, PositiveInt] = (0, 1000)
+    """Half-open range that training time-steps are drawn from, uniformly."""
+
+    @model_validator(mode="after")
+    def _timesteps_exist(self) -> Self:
+        _check_timesteps(self.timesteps, self.schedule.num_timesteps)
+        return self
+
+
+class OptimizerConfig(Section):
+    """AdamW (decay 0 is Adam) with a linear warm-up."""
+
+    learning_rate: PositiveFloat = 1e-4
+    """For the global batch; it does not change with the number of workers."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    warmup_images: NonNegativeInt = 0
+    """Images over which the learning rate rises linearly from 0."""
+    decay_images: NonNegativeInt = 0
+    """Images before the end over which the learning rate falls along a cosine to 0."""
+    clip_norm: PositiveFloat | None = None
+    """Global gradient norm is clipped to this; null means no clipping."""
+
+
+class TrainConfig(Section):
+    """The loop: how long, how large, how often."""
+
+    total_images: PositiveInt
+    """The run ends with the first batch that reaches this many images."""
+    global_batch: PositiveInt
+    """Images per optimizer step over all ranks; fixed whatever the world size."""
+    max_micro_batch: PositiveInt = 128
+    """Most images per rank in one forward pass; more are accumulated over several."""
+    ema_decay: Fraction = 0.9999
+    """Decay per step of the exponential moving average of the trained weights."""
+    checkpoint_every_images: PositiveInt
+    """A checkpoint is published after each such number of images, at the start and the end."""
+    log_every_steps: PositiveInt = 10
+    """Steps per line of metrics."""
+
+
+class EngineConfig(Section):
+    """DeepSpeed ZeRO and numerics."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    precision: Literal["fp32", "bf16"] = "fp32"
+    attention: Literal["auto", "xformers", "sdpa"] = "auto"
+    """Attention kernel; `xformers` refuses to start where the kernel does not work."""
+
+
+class ClusterConfig(Section):
+    """What the run asks of Ray."""
+
+    num_workers: PositiveInt = 1
+    use_gpu: bool = False
+    cpus_per_worker: PositiveInt = 1
+    max_failures: NonNegativeInt = 3
+    """Restarts of the worker group from the last complete checkpoint before the run fails."""
+
+
+class WandbConfig(Section):
+    mode: Literal["disabled", "offline", "online"] = "offline"
+    project: str = "diti"
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Names the run in storage and in wandb: letters, digits, dot, dash, underscore."""
+    output: Url
+    """Folder for checkpoints and logs; the run's own folder is output/name."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    task: Annotated[DitiTask | DenoiserTask, Field(discriminator="kind")]
+    data: DataConfig
+    train: TrainConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    engine: EngineConfig = EngineConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    store: StoreConfig = StoreConfig()
+    wandb: WandbConfig = WandbConfig()
+
+    @model_validator(mode="after")
+    def _counts_fit(self) -> Self:
+        train = self.train
+        if train.total_images < train.global_batch:
+            raise ValueError(
+                f"train.total_images ({train.total_images}) must be at least "
+                f"train.global_batch ({train.global_batch})"
+            )
+        ramps = self.optimizer.warmup_images + self.optimizer.decay_images
+        if ramps > train.total_images:
+            raise ValueError(
+                f"optimizer.warmup_images + decay_images ({ramps}) must not exceed "
+                f"train.total_images ({train.total_images})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _images_fit_unet(self) -> Self:
+        if isinstance(self.task, DenoiserTask):
+            unet = self.task.unet
+            divisor = unet.patch_size_px * 2 ** (len(unet.channel_multipliers) - 1)
+            if self.data.image_size_px % divisor:
+                raise ValueError(
+                    f"data.image_size_px must be divisible by {divisor} (the U-Net's patches and "
+                    f"down-sampling), got {self.data.image_size_px}"
+                )
+        return self
+
+
+def _check_timesteps(timesteps: tuple[int, int], num_timesteps: int) -> None:
+    start, end = timesteps
+    if not start < end <= num_timesteps:
+        raise ValueError(
+            f"timesteps must be a range [start, end) inside [0, {num_timesteps}), "
+            f"got [{start}, {end})"
+        )
