@@ -1,0 +1,42 @@
+"""Samples -> a WebDataset tar, through webdataset's own writer, byte for byte repeatable."""
+
+import io
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from webdataset.writer import TarWriter
+
+from data_pipelines.object_store import ObjectStore
+from data_pipelines.shard_index import Shard, publish_shard
+
+ROWS_PER_SHARD_LIMIT = 10_000
+
+
+def shard_name(number: int) -> str:
+    """`00007.tar`: img2dataset's naming."""
+    return f"{number:05d}.tar"
+
+
+def sample_key(shard: int, row: int) -> str:
+    """`000070123`: shard and row, img2dataset's naming.
+
+    Raises:
+        ValueError: more rows than four digits can name.
+    """
+    if not 0 <= row < ROWS_PER_SHARD_LIMIT:
+        raise ValueError(f"a shard holds at most {ROWS_PER_SHARD_LIMIT} rows, got row {row}")
+    return f"{shard:05d}{row:04d}"
+
+
+def write_shard(
+    store: ObjectStore, url: str, number: int, samples: Iterable[tuple[bytes, dict[str, Any]]]
+) -> Shard:
+    """Publish shard `number` from (JPEG bytes, metadata) pairs; returns its line of the index."""
+    buffer = io.BytesIO()
+    with TarWriter(buffer, encoder=False, mtime=0, user="diti", group="diti") as tar:
+        for row, (jpeg, metadata) in enumerate(samples):
+            key = sample_key(number, row)
+            described = json.dumps({"key": key, **metadata}, sort_keys=True).encode()
+            tar.write({"__key__": key, "jpg": jpeg, "json": described})
+    return publish_shard(store, url, shard_name(number), buffer.getvalue())
