@@ -1,0 +1,1 @@
+"""The method and its training: models, objective, sampling, the loop, the engine, checkpoints."""

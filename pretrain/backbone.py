@@ -1,0 +1,151 @@
+"""The frozen, pre-trained denoiser: loaded from outside, checked, never changed.
+
+A backbone is a safetensors file and a JSON card beside it (`NAME.safetensors`, `NAME.json`). The
+card holds the U-Net's shape, its noise schedule, the image size, and where the weights came from.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
+
+from configs.schema import BackboneConfig, ScheduleConfig, UNetConfig
+from data_pipelines.object_store import ObjectStore
+from pretrain.unet import UNet
+
+BUILTIN_PREFIX = "builtin/"
+
+
+class BackboneError(ValueError):
+    """The backbone's file, hash, card or keys are not what the run expects."""
+
+
+@dataclass(frozen=True, slots=True)
+class Backbone:
+    """A frozen U-Net (float32, eval mode, no gradients) and what its card says."""
+
+    unet: UNet
+    schedule: ScheduleConfig
+    image_size_px: int
+    sha256: str
+
+
+def load_backbone(store: ObjectStore, config: BackboneConfig) -> Backbone:
+    """Read, verify and freeze the backbone that `config` pins.
+
+    Raises:
+        BackboneError: another SHA-256, an unreadable card, or missing, extra or misshapen keys.
+        ObjectMissingError: there is no such file.
+    """
+    weights = _read(store, config.weights)
+    digest = hashlib.sha256(weights).hexdigest()
+    if digest != config.sha256:
+        raise BackboneError(
+            f"backbone {config.weights} has SHA-256 {digest}, but task.backbone.sha256 pins "
+            f"{config.sha256}; use the pinned file, or pin this one if the change is meant"
+        )
+    card_url = config.weights.removesuffix(".safetensors") + ".json"
+    card = _parse_card(_read(store, card_url), card_url)
+    unet = UNet(card["unet"])
+    _load_exactly(unet, _parse_weights(weights, config.weights), config.weights)
+    unet.requires_grad_(False).eval()
+    return Backbone(unet, card["schedule"], card["image_size_px"], digest)
+
+
+def save_backbone(
+    store: ObjectStore,
+    url: str,
+    *,
+    state: dict[str, Tensor],
+    unet: UNetConfig,
+    schedule: ScheduleConfig,
+    image_size_px: int,
+    provenance: dict[str, Any],
+) -> str:
+    """Write weights (float16) and card to `url` (ending in .safetensors); returns the SHA-256."""
+    weights = save_safetensors({k: v.to(torch.float16).contiguous() for k, v in state.items()})
+    digest = hashlib.sha256(weights).hexdigest()
+    card = {
+        "unet": unet.model_dump(mode="json"),
+        "schedule": schedule.model_dump(mode="json"),
+        "image_size_px": image_size_px,
+        "sha256": digest,
+        **provenance,
+    }
+    store.write(url, weights)
+    card_url = url.removesuffix(".safetensors") + ".json"
+    store.write(card_url, (json.dumps(card, indent=2) + "\n").encode())
+    return digest
+
+
+def pin_backbone(store: ObjectStore, url: str) -> str:
+    """The SHA-256 of a weights file as it is now, to pin it in a run file."""
+    return hashlib.sha256(_read(store, url)).hexdigest()
+
+
+def _read(store: ObjectStore, url: str) -> bytes:
+    if not url.startswith(BUILTIN_PREFIX):
+        return store.read(url)
+    path = resources.files("pretrain") / "weights" / url.removeprefix(BUILTIN_PREFIX)
+    if not path.is_file():
+        names = sorted(
+            BUILTIN_PREFIX + entry.name
+            for entry in (resources.files("pretrain") / "weights").iterdir()
+            if entry.name.endswith(".safetensors")
+        )
+        raise BackboneError(f"there is no packaged backbone {url}; there are {names}")
+    return path.read_bytes()
+
+
+def _parse_card(data: bytes, url: str) -> dict[str, Any]:
+    try:
+        card = json.loads(data)
+        return {
+            "unet": UNetConfig.model_validate_json(json.dumps(card["unet"])),
+            "schedule": ScheduleConfig.model_validate_json(json.dumps(card["schedule"])),
+            "image_size_px": int(card["image_size_px"]),
+        }
+    except (ValidationError, KeyError, TypeError, ValueError) as error:
+        raise BackboneError(
+            f"backbone card {url} is unreadable ({type(error).__name__}: {error}); "
+            f"write it again with `diti backbone train`"
+        ) from error
+
+
+def _parse_weights(data: bytes, url: str) -> dict[str, Tensor]:
+    try:
+        return load_safetensors(data)
+    except SafetensorError as error:
+        raise BackboneError(
+            f"{url} is not a whole safetensors file ({error}); fetch it again"
+        ) from error
+
+
+def _load_exactly(unet: UNet, state: dict[str, Tensor], url: str) -> None:
+    expected = unet.state_dict()
+    missing = sorted(expected.keys() - state.keys())
+    extra = sorted(state.keys() - expected.keys())
+    misshapen = [
+        f"{key} {tuple(state[key].shape)} instead of {tuple(tensor.shape)}"
+        for key, tensor in expected.items()
+        if key in state and state[key].shape != tensor.shape
+    ]
+    problems = [
+        f"{what}: {', '.join(keys[:5])}{f' and {len(keys) - 5} more' if len(keys) > 5 else ''}"
+        for what, keys in (("missing", missing), ("extra", extra), ("wrong shape", misshapen))
+        if keys
+    ]
+    if problems:
+        raise BackboneError(
+            f"backbone {url} does not fit the U-Net on its card; {'; '.join(problems)}. "
+            f"Use the card that was written with these weights."
+        )
+    unet.load_state_dict({key: tensor.float() for key, tensor in state.items()})

@@ -1,0 +1,288 @@
+"""Checkpoints in object storage: one exists when its COMPLETE manifest exists.
+
+    RUN/checkpoints/step-00000100/parts-3f9c2a10/...   what the ranks wrote
+    RUN/checkpoints/step-00000100/COMPLETE.json        written last; names every part by digest
+    RUN/checkpoints/latest.json                        names the newest complete one
+
+Object stores cannot rename, so parts go below a scratch prefix that no other attempt uses, and the
+manifest names it. Parts without a manifest are invisible. Each checkpoint names its parent: what a
+model has really been trained on is found along the lineage, not in a log of everything ever tried.
+"""
+
+import hashlib
+import json
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from configs.loading import ConfigError
+from configs.schema import RunConfig
+from data_pipelines.object_store import ObjectStore, join
+from pretrain.world import World, from_first_rank, gather_from_ranks
+
+MANIFEST_NAME = "COMPLETE.json"
+EMA_NAME = "ema.safetensors"
+WEIGHTS_NAME = "weights.safetensors"
+METRICS_NAME = "metrics.jsonl"
+FORMAT_VERSION = 1
+
+MAY_CHANGE = (
+    "output",
+    "cluster.max_failures",
+    "cluster.cpus_per_worker",
+    "data.shards",
+    "data.decode_threads",
+    "data.prefetch_batches",
+    "engine.attention",
+    "optimizer.decay_images",
+    "store",
+    "task.backbone.weights",
+    "train.total_images",
+    "train.checkpoint_every_images",
+    "train.log_every_steps",
+    "wandb",
+)
+"""Settings that may differ on resume; what they point to is compared by digest where it matters."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is damaged, or does not belong to the run that wants it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What COMPLETE.json says. `files` maps names below the parts to (bytes, SHA-256)."""
+
+    step: int
+    images: int
+    """Samples consumed: the data position."""
+    parent: str | None
+    parts: str
+    config: dict[str, Any]
+    index_digest: str
+    backbone_sha256: str | None
+    world_size: int
+    code_version: str
+    files: dict[str, tuple[int, str]]
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def name(self) -> str:
+        return checkpoint_name(self.step)
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def publish(
+    store: ObjectStore,
+    run_url: str,
+    folder: Path,
+    world: World,
+    make_manifest: Callable[[str, dict[str, tuple[int, str]]], Manifest],
+) -> Manifest:
+    """Collective: upload every rank's files below `folder`, then write the manifest.
+
+    Args:
+        make_manifest: from the parts prefix and the list of files to the manifest.
+
+    Raises:
+        CheckpointError: what the store holds is not what was sent.
+    """
+    parts = str(from_first_rank(f"parts-{uuid.uuid4().hex[:8]}"))
+    manifest = make_manifest(parts, {})
+    where = join(run_url, "checkpoints", manifest.name)
+    mine = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        name = path.relative_to(folder).as_posix()
+        info = store.upload(path, join(where, parts, name))
+        mine[name] = (info.size_bytes, _sha256(path))
+        if info.size_bytes != path.stat().st_size:
+            raise CheckpointError(
+                f"{info.url} has {info.size_bytes} bytes in the store, {path.stat().st_size} were "
+                f"sent; the checkpoint is not published, the one before it stays the newest"
+            )
+    files: dict[str, tuple[int, str]] = {}
+    for other in gather_from_ranks(mine):
+        assert isinstance(other, dict)
+        files.update(other)
+    manifest = make_manifest(parts, files)
+    if world.is_first:
+        _write_json(store, join(where, MANIFEST_NAME), asdict(manifest))
+        _write_json(store, join(run_url, "checkpoints", "latest.json"), {"name": manifest.name})
+    from_first_rank(None)  # nobody goes on before the checkpoint exists
+    return manifest
+
+
+def complete_steps(store: ObjectStore, run_url: str) -> list[int]:
+    """Steps that have a complete checkpoint, oldest first."""
+    names = [
+        info.url.rsplit("/", 2)[-2]
+        for info in store.list(join(run_url, "checkpoints"))
+        if info.url.endswith("/" + MANIFEST_NAME)
+    ]
+    return sorted(int(name.removeprefix("step-")) for name in names)
+
+
+def read_manifest(store: ObjectStore, run_url: str, step: int) -> Manifest:
+    """The manifest of one complete checkpoint.
+
+    Raises:
+        ObjectMissingError: there is no complete checkpoint at that step.
+        CheckpointError: the manifest cannot be read.
+    """
+    where = join(run_url, "checkpoints", checkpoint_name(step), MANIFEST_NAME)
+    try:
+        value = json.loads(store.read(where))
+        files = {name: (int(size), str(sha)) for name, (size, sha) in value.pop("files").items()}
+        return Manifest(files=files, **value)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(
+            f"{where} cannot be read ({error}); delete it to fall back to an older checkpoint"
+        ) from error
+
+
+def newest(store: ObjectStore, run_url: str) -> Manifest | None:
+    """The newest complete checkpoint of a run, or None when there is none."""
+    steps = complete_steps(store, run_url)
+    return read_manifest(store, run_url, steps[-1]) if steps else None
+
+
+def find(store: ObjectStore, run_url: str, step: int | None) -> Manifest:
+    """The complete checkpoint at `step`, or the newest one.
+
+    Raises:
+        CheckpointError: there is none; the message lists those there are.
+    """
+    steps = complete_steps(store, run_url)
+    if not steps or step not in (None, *steps):
+        wanted = f"at step {step}" if step is not None else "yet"
+        raise CheckpointError(
+            f"{run_url} has no complete checkpoint {wanted}; complete are the steps {steps}"
+        )
+    return read_manifest(store, run_url, steps[-1] if step is None else step)
+
+
+def lineage(store: ObjectStore, run_url: str, manifest: Manifest) -> list[Manifest]:
+    """The checkpoints that led to this one, oldest first, itself last."""
+    line = [manifest]
+    while (parent := line[-1].parent) is not None:
+        line.append(read_manifest(store, run_url, int(parent.removeprefix("step-"))))
+    return line[::-1]
+
+
+def read_file(store: ObjectStore, run_url: str, manifest: Manifest, name: str) -> bytes:
+    """One file of a checkpoint, verified.
+
+    Raises:
+        CheckpointError: its size or digest is not what the manifest says.
+    """
+    where = join(run_url, "checkpoints", manifest.name, manifest.parts, name)
+    data = store.read(where)
+    size, digest = manifest.files[name]
+    if len(data) != size or hashlib.sha256(data).hexdigest() != digest:
+        raise CheckpointError(
+            f"{where} is damaged: {len(data)} bytes, not the {size} bytes with SHA-256 {digest} "
+            f"that its manifest names; resume from an older checkpoint"
+        )
+    return data
+
+
+def fetch(
+    store: ObjectStore, run_url: str, manifest: Manifest, folder: Path, *, below: str
+) -> None:
+    """Copy the verified files whose names start with `below` into a local folder."""
+    for name in manifest.files:
+        if name.startswith(below):
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(read_file(store, run_url, manifest, name))
+
+
+def read_samples(store: ObjectStore, run_url: str, manifest: Manifest) -> list[tuple[int, str]]:
+    """(position, key) of every sample that led to this checkpoint, sorted by position."""
+    samples = []
+    for ancestor in lineage(store, run_url, manifest):
+        for name in ancestor.files:
+            if name.startswith("samples-"):
+                lines = read_file(store, run_url, ancestor, name).decode().splitlines()
+                samples += [line.split("\t", 1) for line in lines]
+    return sorted((int(position), key) for position, key in samples)
+
+
+def read_metrics(store: ObjectStore, run_url: str, manifest: Manifest) -> list[dict[str, Any]]:
+    """Every line of metrics that led to this checkpoint, in order."""
+    return [
+        json.loads(line)
+        for ancestor in lineage(store, run_url, manifest)
+        if METRICS_NAME in ancestor.files
+        for line in read_file(store, run_url, ancestor, METRICS_NAME).decode().splitlines()
+    ]
+
+
+def check_resumable(
+    manifest: Manifest,
+    config: RunConfig,
+    *,
+    index_digest: str,
+    backbone_sha256: str | None,
+    world_size: int,
+) -> None:
+    """Refuse to go on from a checkpoint of another run.
+
+    Raises:
+        CheckpointError: listing every setting that differs and both its values.
+    """
+    before = _flat(manifest.config)
+    now = _flat(config.model_dump(mode="json"))
+    before |= {"shard index": manifest.index_digest, "backbone": manifest.backbone_sha256}
+    now |= {"shard index": index_digest, "backbone": backbone_sha256}
+    before["number of workers"], now["number of workers"] = manifest.world_size, world_size
+    different = [
+        f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not _may_change(key)
+    ]
+    if different:
+        raise CheckpointError(
+            f"run {config.name!r} has a checkpoint at step {manifest.step} made with other "
+            f"settings: {'; '.join(different)}. Restore them, or give the run another name."
+        )
+
+
+def run_of(manifest: Manifest) -> RunConfig:
+    """The configuration that a checkpoint was made with.
+
+    Raises:
+        ConfigError: this version of the code cannot read it.
+    """
+    try:
+        return RunConfig.model_validate_json(json.dumps(manifest.config))
+    except ValueError as error:
+        raise ConfigError(f"checkpoint {manifest.name}", str(error).splitlines()) from error
+
+
+def _may_change(key: str) -> bool:
+    return any(key == allowed or key.startswith(allowed + ".") for allowed in MAY_CHANGE)
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{'a': {'b': 1}} -> {'a.b': 1}."""
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= (
+            _flat(inner, f"{prefix}{key}.") if isinstance(inner, Mapping) else {prefix + key: inner}
+        )
+    return flat
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_json(store: ObjectStore, url: str, value: Mapping[str, Any]) -> None:
+    store.write(url, (json.dumps(value, indent=1) + "\n").encode())

@@ -1,0 +1,140 @@
+"""DeepSpeed: the only module that knows it. Typed config in, ZeRO engine out.
+
+ZeRO sees the trainable parameters only; the frozen backbone is neither in the optimizer nor in a
+checkpoint. On CPU, DeepSpeed's own shared-memory collective is switched off: it needs a compiler,
+takes minutes to build, and a rank whose peer dies spins in it for ever; gloo notices.
+"""
+
+import logging
+import os
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from configs.schema import EngineConfig, OptimizerConfig
+from pretrain.run_plan import RunPlan
+from pretrain.world import World
+
+_TAG = "zero"
+
+
+class Engine:
+    """One model under ZeRO. Every method is collective: all ranks call it together.
+
+    Args:
+        model: its parameters with `requires_grad` are trained; the rest stay as they are.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        engine: EngineConfig,
+        optimizer: OptimizerConfig,
+        plan: RunPlan,
+        world: World,
+    ) -> None:
+        deepspeed = _import_deepspeed(world)
+        self.zero_stage = engine.zero_stage
+        self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        adam = torch.optim.AdamW(
+            list(self.trainable.values()),
+            lr=optimizer.learning_rate,
+            betas=optimizer.betas,
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+        )
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=model,
+            optimizer=adam,
+            config=deepspeed_config(engine, optimizer, plan),
+            dist_init_required=False,
+        )
+        self._gathered = deepspeed.zero.GatheredParameters
+
+    def step(
+        self, learning_rate: float, micro_batches: list[tuple[Tensor, Tensor, Tensor]]
+    ) -> Tensor:
+        """One optimizer step over (images, t, noise) micro-batches; the mean loss, a scalar."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        losses = []
+        for images, t, noise in micro_batches:
+            loss = self._engine(images, t, noise).mean()
+            self._engine.backward(loss)
+            self._engine.step()
+            losses.append(loss.detach())
+        return torch.stack(losses).mean()
+
+    def local_shards(self) -> list[Tensor]:
+        """This rank's piece of every trained parameter: all of it, or its ZeRO-3 partition."""
+        if self.zero_stage == 3:
+            return [parameter.ds_tensor.data for parameter in self.trainable.values()]  # type: ignore[attr-defined]
+        return [parameter.data for parameter in self.trainable.values()]
+
+    def shard_of(self, whole: Tensor, like: Tensor) -> Tensor:
+        """This rank's piece of a whole parameter: `like` is the piece it will replace."""
+        if self.zero_stage != 3:
+            return whole
+        rank, size = dist.get_rank(), like.numel()
+        padded = nn.functional.pad(
+            whole.flatten(), (0, size * dist.get_world_size() - whole.numel())
+        )
+        return padded[rank * size : (rank + 1) * size]
+
+    def whole_state(self) -> dict[str, Tensor]:
+        """Every trained parameter whole, float32 on the CPU, gathered one at a time."""
+        state = {}
+        for name, parameter in self.trainable.items():
+            with self._gathered([parameter]) if self.zero_stage == 3 else nullcontext():
+                state[name] = parameter.detach().float().cpu().clone().contiguous()
+        return state
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's parameters and optimizer state below `folder` (local)."""
+        self._engine.save_checkpoint(
+            str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True
+        )
+        for script in folder.glob("*.py"):  # DeepSpeed leaves its conversion scripts there
+            script.unlink()
+
+    def load(self, folder: Path) -> None:
+        """Restore what `save` wrote at the same world size and stage.
+
+        Not strict, because frozen parameters are left out; `trainable_names` is compared by the
+        caller, so nothing else can be missing.
+        """
+        self._engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=False)
+
+
+def deepspeed_config(
+    engine: EngineConfig, optimizer: OptimizerConfig, plan: RunPlan
+) -> dict[str, Any]:
+    """The DeepSpeed configuration of a run; the only one there is."""
+    return {
+        "train_batch_size": plan.micro_batch * plan.accumulation * plan.world_size,
+        "train_micro_batch_size_per_gpu": plan.micro_batch,
+        "gradient_accumulation_steps": plan.accumulation,
+        "gradient_clipping": optimizer.clip_norm or 0.0,
+        "bf16": {"enabled": engine.precision == "bf16"},
+        "zero_optimization": {"stage": engine.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31,
+    }
+
+
+def _import_deepspeed(world: World) -> Any:
+    if world.device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    # Its import prints to standard output at level INFO, once per rank.
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if world.device.type == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=None, verbose=False)
+    return deepspeed

@@ -1,0 +1,69 @@
+"""Everything that can be refused before a single worker is started."""
+
+from dataclasses import dataclass
+
+from configs.schema import DitiTask, RunConfig
+from data_pipelines.object_store import ObjectStore, join
+from data_pipelines.sample_order import SampleOrder
+from data_pipelines.shard_index import ShardIndex, read_index, verify_listing
+from pretrain import checkpoint
+from pretrain.backbone import load_backbone
+from pretrain.diti import DiTi
+from pretrain.run_plan import RunPlan, plan_run
+
+
+@dataclass(frozen=True, slots=True)
+class Preflight:
+    """What the checks found on the way, so that it need not be read twice."""
+
+    index: ShardIndex
+    plan: RunPlan
+    resumes_at: int
+    """Step of the newest complete checkpoint; 0 for a new run."""
+
+
+def open_store(config: RunConfig) -> ObjectStore:
+    """The object store as the run's configuration describes it."""
+    return ObjectStore(
+        endpoint_url=config.store.endpoint_url,
+        deadline_seconds=config.store.deadline_seconds,
+        request_timeout_seconds=config.store.request_timeout_seconds,
+    )
+
+
+def run_url(config: RunConfig) -> str:
+    """The run's own folder."""
+    return join(config.output, config.name)
+
+
+def sample_order(config: RunConfig, index: ShardIndex) -> SampleOrder:
+    """The order in which this run sees the samples of `index`."""
+    return SampleOrder(index.sizes, config.seed, config.data.lanes, config.data.window_rows)
+
+
+def preflight(config: RunConfig, world_size: int) -> Preflight:
+    """Check the batch split, the store, the shards, the backbone and an existing checkpoint.
+
+    Raises:
+        ValueError, OSError: the first thing that is wrong, with its remedy.
+    """
+    plan = plan_run(config.train, world_size)
+    store = open_store(config)
+    store.check_access(run_url(config), write=True)
+    index = read_index(store, config.data.shards)
+    verify_listing(store, index)
+    backbone_sha256 = None
+    if isinstance(config.task, DitiTask):
+        backbone = load_backbone(store, config.task.backbone)
+        backbone_sha256 = backbone.sha256
+        DiTi(config.task, backbone, image_size_px=config.data.image_size_px)
+    newest = checkpoint.newest(store, run_url(config))
+    if newest is not None:
+        checkpoint.check_resumable(
+            newest,
+            config,
+            index_digest=index.digest,
+            backbone_sha256=backbone_sha256,
+            world_size=world_size,
+        )
+    return Preflight(index, plan, newest.step if newest else 0)

@@ -1,0 +1,357 @@
+"""THE loop. Read it from top to bottom: that is what a run does.
+
+`run` is the same function under Ray Train, under torchrun and alone. It knows nothing of Ray: the
+launcher hands it `report`. All state that matters is in the last complete checkpoint and one
+integer, the number of samples consumed; so a killed run is continued by calling `run` again.
+"""
+
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from configs.loading import dump_run
+from configs.schema import DitiTask, RunConfig
+from data_pipelines.object_store import ObjectStore
+from data_pipelines.sample_order import SampleOrder, mix64
+from data_pipelines.sample_stream import Batch, open_stream
+from data_pipelines.shard_index import ShardIndex, read_index
+from pretrain import checkpoint
+from pretrain.attention import choose_kernel
+from pretrain.backbone import load_backbone
+from pretrain.denoiser import Denoiser
+from pretrain.diti import DiTi
+from pretrain.ema import Ema
+from pretrain.engine import Engine
+from pretrain.metrics import MetricsLog
+from pretrain.position_noise import draw
+from pretrain.preflight import open_store, run_url, sample_order
+from pretrain.run_plan import RunPlan, learning_rate, plan_run
+from pretrain.unet import set_attention
+from pretrain.world import World, from_first_rank, join_world, mean_over_ranks
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class TrainingDivergedError(RuntimeError):
+    """The loss is no longer a number."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """One rank's report, every `log_every_steps` steps and at every checkpoint."""
+
+    rank: int
+    pid: int
+    step: int
+    total_steps: int
+    images: int
+    loss: float
+    images_per_second: float
+    """Of the whole run, over the last reporting window."""
+    data_wait_share: float
+    """Part of the window that this rank spent waiting for decoded images."""
+    checkpoint_step: int
+    """Step of the newest complete checkpoint."""
+
+
+def run(
+    config: RunConfig,
+    *,
+    local_dir: Path,
+    index: ShardIndex | None = None,
+    report: Callable[[Progress], None] | None = None,
+) -> checkpoint.Manifest:
+    """Train until `train.total_images`, from the newest complete checkpoint if there is one.
+
+    Args:
+        local_dir: scratch folder of this node, for parts on their way to storage and wandb's files.
+        index: the shard index, where the caller already has it.
+        report: called with this rank's progress.
+
+    Returns:
+        The manifest of the last checkpoint.
+
+    Raises:
+        CheckpointError: the run's folder holds checkpoints of another configuration.
+        TrainingDivergedError: the loss is NaN or infinite.
+    """
+    # --- where: ranks, storage, plan ---------------------------------------------------------
+    world = join_world()
+    store = open_store(config)
+    plan = plan_run(config.train, world.size)
+    index = index or read_index(store, config.data.shards)
+    order = sample_order(config, index)
+
+    # --- what: model, engine, average --------------------------------------------------------
+    torch.manual_seed(config.seed)
+    model, backbone_sha256 = build_model(config, store, world.device)
+    engine = Engine(model, config.engine, config.optimizer, plan, world)
+    ema = Ema(engine.local_shards(), config.train.ema_decay)
+    saver = _Saver(config, store, world, index, backbone_sha256, local_dir)
+    step = saver.restore(engine, ema)
+
+    # --- step 0 is published too: it proves early that storage takes our checkpoints, and it is
+    # --- the untrained encoder that every evaluation compares with ---------------------------
+    metrics = MetricsLog(config, local_dir) if world.is_first else None
+    if saver.newest is None:
+        saver.publish(0, engine, ema, metrics, seen=[])
+
+    # --- loop --------------------------------------------------------------------------------
+    batches = _timed(_open_batches(store, index, order, config, plan, world, first_batch=step))
+    seen: list[Batch] = []
+    window = _Window()
+    model.train()
+    while step < plan.total_steps:
+        torch.manual_seed(int(mix64(config.seed, step, world.rank) >> np.uint64(1)))  # dropout
+        micro_batches = []
+        for _ in range(plan.accumulation):
+            batch, waited = next(batches)
+            seen.append(batch)
+            window.waited += waited
+            micro_batches.append(_to_tensors(batch, config, world.device))
+
+        images_before = step * config.train.global_batch
+        rate = learning_rate(config.optimizer, images_before, config.train.total_images)
+        window.losses.append(engine.step(rate, micro_batches))
+        ema.update(engine.local_shards())
+        step += 1
+
+        if step % config.train.log_every_steps == 0 or plan.publishes_at(step):
+            progress = window.close(step, config, plan, world, saver.newest_step)
+            if metrics:
+                metrics.record(_metrics_line(progress, rate))
+            if report:
+                report(progress)
+            if not math.isfinite(progress.loss):
+                raise TrainingDivergedError(
+                    f"loss is {progress.loss} by step {step}; the newest complete checkpoint is "
+                    f"step {saver.newest_step}. Lower optimizer.learning_rate or set clip_norm."
+                )
+            window = _Window()
+        if plan.publishes_at(step):
+            saver.publish(step, engine, ema, metrics, seen)
+            seen.clear()
+
+    # --- close -------------------------------------------------------------------------------
+    if metrics:
+        metrics.close()
+    assert saver.newest is not None
+    return saver.newest
+
+
+def build_model(
+    config: RunConfig, store: ObjectStore, device: torch.device
+) -> tuple[nn.Module, str | None]:
+    """The module that a run trains, on its device, and the backbone's SHA-256 if it has one."""
+    kernel = choose_kernel(
+        config.engine.attention, device=device, dtype=DTYPES[config.engine.precision]
+    )
+    if isinstance(config.task, DitiTask):
+        backbone = load_backbone(store, config.task.backbone)
+        model = DiTi(config.task, backbone, image_size_px=config.data.image_size_px)
+        sha256 = backbone.sha256
+    else:
+        model, sha256 = Denoiser(config.task), None
+    model.tables_to(device)
+    set_attention(model, kernel)
+    return model.to(device), sha256
+
+
+def _open_batches(
+    store: ObjectStore,
+    index: ShardIndex,
+    order: SampleOrder,
+    config: RunConfig,
+    plan: RunPlan,
+    world: World,
+    *,
+    first_batch: int,
+) -> Iterator[Batch]:
+    return open_stream(
+        store,
+        index,
+        order,
+        config.data,
+        global_batch=config.train.global_batch,
+        micro_batch=plan.micro_batch,
+        rank=world.rank,
+        world_size=world.size,
+        first_batch=first_batch,
+    )
+
+
+def _timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
+    """Each batch with the seconds it was waited for."""
+    while True:
+        start = time.perf_counter()
+        batch = next(batches)
+        yield batch, time.perf_counter() - start
+
+
+def _to_tensors(
+    batch: Batch, config: RunConfig, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Images in [-1, 1], time-steps and noise of a micro-batch, on the device."""
+    images = torch.from_numpy(batch.images).to(device).float() / 127.5 - 1
+    t, noise = draw(
+        batch.positions,
+        seed=config.seed,
+        timesteps=config.task.timesteps,
+        image_shape=(3, config.data.image_size_px, config.data.image_size_px),
+    )
+    return images, t.to(device), noise.to(device)
+
+
+class _Window:
+    """What happened since the last report."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+        self.waited = 0.0
+        self.losses: list[Tensor] = []
+
+    def close(
+        self, step: int, config: RunConfig, plan: RunPlan, world: World, checkpoint_step: int
+    ) -> Progress:
+        """Collective: the loss is the mean over ranks."""
+        loss = mean_over_ranks(torch.stack(self.losses).mean())
+        seconds = time.perf_counter() - self.start
+        return Progress(
+            rank=world.rank,
+            pid=os.getpid(),
+            step=step,
+            total_steps=plan.total_steps,
+            images=step * config.train.global_batch,
+            loss=loss,
+            images_per_second=len(self.losses) * config.train.global_batch / seconds,
+            data_wait_share=self.waited / seconds,
+            checkpoint_step=checkpoint_step,
+        )
+
+
+def _metrics_line(progress: Progress, rate: float) -> dict[str, float]:
+    return {
+        "step": progress.step,
+        "images": progress.images,
+        "loss": progress.loss,
+        "learning_rate": rate,
+        "images_per_second": progress.images_per_second,
+        "data_wait_share": progress.data_wait_share,
+    }
+
+
+class _Saver:
+    """Restores from and publishes to the run's folder."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        store: ObjectStore,
+        world: World,
+        index: ShardIndex,
+        backbone_sha256: str | None,
+        local_dir: Path,
+    ) -> None:
+        self.config = config
+        self.store = store
+        self.world = world
+        self.index_digest = index.digest
+        self.backbone_sha256 = backbone_sha256
+        self.scratch = local_dir / "scratch" / f"rank-{world.rank:05d}"
+        self.newest: checkpoint.Manifest | None = None
+
+    @property
+    def newest_step(self) -> int:
+        return self.newest.step if self.newest else 0
+
+    def restore(self, engine: Engine, ema: Ema) -> int:
+        """Load the newest complete checkpoint; returns its step, 0 where there is none."""
+        url = run_url(self.config)
+        found = checkpoint.newest(self.store, url) if self.world.is_first else None
+        manifest = from_first_rank(found)
+        if not isinstance(manifest, checkpoint.Manifest):
+            return 0
+        checkpoint.check_resumable(
+            manifest,
+            self.config,
+            index_digest=self.index_digest,
+            backbone_sha256=self.backbone_sha256,
+            world_size=self.world.size,
+        )
+        folder = self._empty_scratch()
+        checkpoint.fetch(self.store, url, manifest, folder, below="zero/")
+        engine.load(folder)
+        average = load_safetensors(
+            checkpoint.read_file(self.store, url, manifest, checkpoint.EMA_NAME)
+        )
+        if average.keys() != engine.trainable.keys():
+            raise checkpoint.CheckpointError(
+                f"checkpoint {manifest.name} of {url} holds other parameters than this model: "
+                f"{sorted(average.keys() ^ engine.trainable.keys())[:5]}"
+            )
+        for name, piece in zip(engine.trainable, ema.shards, strict=True):
+            piece.copy_(engine.shard_of(average[name], like=piece))
+        self.newest = manifest
+        return manifest.step
+
+    def publish(
+        self, step: int, engine: Engine, ema: Ema, metrics: MetricsLog | None, seen: list[Batch]
+    ) -> None:
+        """Collective: write the state after `step` steps as a complete checkpoint."""
+        folder = self._empty_scratch()
+        engine.save(folder)
+        weights = engine.whole_state()
+        ema.swap(engine.local_shards())
+        average = engine.whole_state()
+        ema.swap(engine.local_shards())
+        (folder / f"samples-{self.world.rank:05d}.tsv").write_text(_sample_lines(seen))
+        if metrics:
+            save_file(weights, folder / checkpoint.WEIGHTS_NAME)
+            save_file(average, folder / checkpoint.EMA_NAME)
+            metrics.write_to(folder)
+            (folder / "run.yaml").write_text(dump_run(self.config))
+        parent = self.newest.name if self.newest else None
+
+        def manifest(parts: str, files: dict[str, tuple[int, str]]) -> checkpoint.Manifest:
+            return checkpoint.Manifest(
+                step=step,
+                images=step * self.config.train.global_batch,
+                parent=parent,
+                parts=parts,
+                config=self.config.model_dump(mode="json"),
+                index_digest=self.index_digest,
+                backbone_sha256=self.backbone_sha256,
+                world_size=self.world.size,
+                code_version=version("diti-pretrain"),
+                files=files,
+            )
+
+        self.newest = checkpoint.publish(
+            self.store, run_url(self.config), folder, self.world, manifest
+        )
+        shutil.rmtree(folder)
+
+    def _empty_scratch(self) -> Path:
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        self.scratch.mkdir(parents=True)
+        return self.scratch
+
+
+def _sample_lines(seen: list[Batch]) -> str:
+    """`position<TAB>key` of every sample trained on since the last checkpoint."""
+    return "".join(
+        f"{position}\t{key}\n"
+        for batch in seen
+        for position, key in zip(batch.positions.tolist(), batch.keys, strict=True)
+    )
