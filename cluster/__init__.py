@@ -1,0 +1,1 @@
+"""Ray: the coordinator, training workers, export workers."""

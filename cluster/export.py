@@ -1,0 +1,251 @@
+"""Features of every image of a shard set, computed on Ray: one Parquet part per shard.
+
+Workers lease shards from the coordinator, read them straight from storage and publish their parts
+there. A part appears whole or not at all, so an export that was stopped goes on where it was; the
+manifest is written last.
+"""
+
+import hashlib
+import json
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from numpy.typing import NDArray
+
+from cluster.coordinator import Work, start_coordinator
+from cluster.leases import LEASE_SECONDS, QueueState
+from cluster.session import ray_session, result_of
+from data_pipelines.feature_store import (
+    FeatureColumn,
+    FeatureManifest,
+    PartInfo,
+    encode_part,
+    part_moments,
+    part_name,
+    publish_manifest,
+)
+from data_pipelines.object_store import AlreadyExistsError, ObjectStore, StoreError, join
+from data_pipelines.sample_stream import Sample, decode_sample, member_sample
+from data_pipelines.shard_index import Shard, ShardIndex, read_index, read_members, verify_listing
+from pretrain.trained import TrainedEncoder, load_encoder
+
+IMAGES_PER_FORWARD = 256
+DECODE_THREADS = 2
+IDLE_SECONDS = 0.5
+INTENT_NAME = "export.json"
+
+
+class ExportFailedError(RuntimeError):
+    """Some shards could not be exported; the finished parts are kept."""
+
+
+def export_features(
+    store: ObjectStore,
+    *,
+    run_url: str,
+    step: int | None,
+    shards_url: str,
+    out_url: str,
+    num_workers: int,
+    on_progress: Callable[[QueueState], None] = lambda state: None,
+) -> FeatureManifest:
+    """Encode every image at `shards_url` with a run's averaged encoder, into `out_url`.
+
+    Raises:
+        ValueError, OSError: refused before start: no such checkpoint, shards that do not match
+            their index, or an `out_url` that holds features of another encoder or shard set.
+        ExportFailedError: naming the shards that failed, and why.
+    """
+    trained = load_encoder(store, run_url, step=step)
+    index = read_index(store, shards_url)
+    verify_listing(store, index)
+    _declare_intent(store, out_url, trained, index)
+    source = shards_url.rstrip("/").rsplit("/", 1)[-1]
+    work = Work(join(out_url, source), ".parquet")
+    with ray_session(num_cpus=num_workers):
+        name = f"export-{uuid.uuid4().hex[:8]}"
+        coordinator = start_coordinator(name, store, shards_url, work)
+        workers = [_start_worker(store, run_url, trained) for _ in range(num_workers)]
+        try:
+            running = [
+                worker.work.remote(f"worker-{number}", coordinator, work)
+                for number, worker in enumerate(workers)
+            ]
+            state = _wait(running, coordinator, on_progress)
+        finally:
+            for actor in (*workers, coordinator):
+                ray.kill(actor)
+    if state.failures:
+        causes = "; ".join(f"{stem}: {reason}" for stem, reason in sorted(state.failures.items()))
+        raise ExportFailedError(
+            f"{len(state.failures)} of {len(index.shards)} shards could not be exported: {causes}. "
+            f"Mend them and run the same command again; finished parts are kept."
+        )
+    manifest = _summarise(store, trained, index, out_url, source)
+    publish_manifest(store, out_url, manifest)
+    return manifest
+
+
+def encode_shard(
+    store: ObjectStore, trained: TrainedEncoder, index: ShardIndex, shard: Shard
+) -> bytes:
+    """The Parquet part of one shard.
+
+    Raises:
+        ShardMismatchError: the tar is not the one that was indexed.
+        DecodeError: an image cannot be used.
+    """
+    samples = list(_read_whole_shard(store, index, shard))
+    size_px = trained.config.data.image_size_px
+    with ThreadPoolExecutor(DECODE_THREADS) as pool:
+        images = list(pool.map(lambda sample: decode_sample(sample, size_px), samples))
+    features = [
+        _encode(trained, np.stack(images[start : start + IMAGES_PER_FORWARD]))
+        for start in range(0, len(images), IMAGES_PER_FORWARD)
+    ]
+    return encode_part(
+        feature_columns(trained),
+        keys=[sample["__key__"] for sample in samples],
+        shard=shard.name,
+        rows=[sample["__row__"] for sample in samples],
+        features=np.concatenate(features),
+    )
+
+
+def feature_columns(trained: TrainedEncoder) -> tuple[FeatureColumn, ...]:
+    """One column per subset of the encoder's partition, fine to coarse."""
+    return tuple(
+        FeatureColumn(subset.name, subset.timesteps, subset.dims)
+        for subset in trained.partition.subsets
+    )
+
+
+class _ExportWorker:
+    """Loads the encoder once, then works until nothing is left to lease."""
+
+    def __init__(self, store: ObjectStore, run_url: str, step: int) -> None:
+        torch.set_num_threads(1)
+        self._store = store
+        self._trained = load_encoder(store, run_url, step=step)
+
+    def work(self, name: str, coordinator: Any, work: Work) -> None:
+        index: ShardIndex = result_of(coordinator.index.remote())
+        shards = {shard.name.removesuffix(".tar"): shard for shard in index.shards}
+        while True:
+            stem = result_of(coordinator.lease.remote(name))
+            if stem is None:
+                if result_of(coordinator.work_state.remote()).is_finished:
+                    return
+                time.sleep(IDLE_SECONDS)  # others still hold leases that may come back
+                continue
+            try:
+                with _lease_kept(coordinator, name, stem):
+                    part = encode_shard(self._store, self._trained, index, shards[stem])
+                    self._store.write(work.result_url(stem), part)
+            except (ValueError, StoreError) as error:
+                result_of(coordinator.give_back.remote(name, stem, str(error)))
+            else:
+                result_of(coordinator.finish.remote(stem))
+
+
+def _start_worker(store: ObjectStore, run_url: str, trained: TrainedEncoder) -> Any:
+    actor: Any = ray.remote(num_cpus=1, max_restarts=3, max_task_retries=3)(_ExportWorker)
+    return actor.remote(store, run_url, trained.manifest.step)
+
+
+@contextmanager
+def _lease_kept(coordinator: Any, worker: str, stem: str) -> Iterator[None]:
+    """Renew a lease from a thread of its own while the block runs."""
+    done = threading.Event()
+
+    def renew() -> None:
+        while not done.wait(LEASE_SECONDS / 3):
+            coordinator.renew.remote(worker, stem)
+
+    threading.Thread(target=renew, name="lease", daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
+def _read_whole_shard(store: ObjectStore, index: ShardIndex, shard: Shard) -> Iterator[Sample]:
+    url = join(index.url, shard.name)
+    table = read_members(store, index, shard)
+    tar = store.read(url)
+    for row in range(shard.num_samples):
+        yield member_sample(table, row, url, tar, 0)
+
+
+@torch.inference_mode()
+def _encode(trained: TrainedEncoder, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+    images = torch.from_numpy(images_BHWC).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return trained.encoder(images).float().numpy()
+
+
+def _wait(
+    running: list[Any], coordinator: Any, on_progress: Callable[[QueueState], None]
+) -> QueueState:
+    while running:
+        finished, running = ray.wait(running, num_returns=len(running), timeout=1.0)
+        result_of(finished)
+        on_progress(result_of(coordinator.work_state.remote()))
+    return result_of(coordinator.work_state.remote())
+
+
+def _declare_intent(
+    store: ObjectStore, out_url: str, trained: TrainedEncoder, index: ShardIndex
+) -> None:
+    """Claim `out_url` for this encoder and shard set, or find that it already is ours."""
+    intent = {"encoder_sha256": trained.sha256, "index_digest": index.digest}
+    where = join(out_url, INTENT_NAME)
+    try:
+        store.write(where, json.dumps(intent).encode(), only_if_absent=True)
+    except AlreadyExistsError:
+        found = json.loads(store.read(where))
+        if found != intent:
+            raise ValueError(
+                f"{out_url} holds features of another encoder or shard set ({where} says {found}, "
+                f"this export is {intent}); export into another folder"
+            ) from None
+
+
+def _summarise(
+    store: ObjectStore, trained: TrainedEncoder, index: ShardIndex, out_url: str, source: str
+) -> FeatureManifest:
+    parts, count = {}, 0
+    total = np.zeros(trained.partition.latent_dim)
+    squares = np.zeros(trained.partition.latent_dim)
+    for shard in index.shards:
+        name = part_name(source, shard.name.removesuffix(".tar"))
+        data = store.read(join(out_url, name))
+        moments = part_moments(data)
+        parts[name] = PartInfo(moments.count, len(data), hashlib.sha256(data).hexdigest())
+        count += moments.count
+        total += moments.sum
+        squares += moments.sum_of_squares
+    mean = total / count
+    variance = np.maximum(squares / count - mean**2, 0)
+    assert trained.manifest.backbone_sha256 is not None
+    return FeatureManifest(
+        columns=feature_columns(trained),
+        dtype="float16",
+        encoder_sha256=trained.sha256,
+        checkpoint=trained.manifest.name,
+        backbone_sha256=trained.manifest.backbone_sha256,
+        config=trained.manifest.config,
+        source_url=index.url,
+        index_digest=index.digest,
+        rows=count,
+        parts=parts,
+        mean=mean.tolist(),
+        std=np.sqrt(variance).tolist(),
+    )

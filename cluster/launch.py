@@ -1,0 +1,144 @@
+"""Training under Ray Train: workers, restarts, progress."""
+
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import RayError
+from ray.train import FailureConfig, ScalingConfig
+from ray.train import RunConfig as RayRunConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError
+
+from cluster.coordinator import NAMESPACE, start_coordinator
+from cluster.session import ray_session, result_of
+from configs.loading import digest
+from configs.schema import RunConfig
+from pretrain import checkpoint
+from pretrain.preflight import open_store, preflight, run_url
+from pretrain.train import Progress, run
+
+POLL_SECONDS = 1.0
+COLLECTIVE_TIMEOUT_SECONDS = 300
+
+
+class RunFailedError(RuntimeError):
+    """Training stopped for good; the newest complete checkpoint is still there."""
+
+
+def launch_training(
+    config: RunConfig,
+    *,
+    local_dir: Path,
+    on_progress: Callable[[Mapping[int, Progress]], None] = lambda ranks: None,
+) -> checkpoint.Manifest:
+    """Run `config` on Ray with `cluster.num_workers` workers and wait for its end.
+
+    A worker that dies takes the group with it; Ray starts the group again, up to
+    `cluster.max_failures` times, and `pretrain.train.run` goes on from the last checkpoint.
+
+    Args:
+        local_dir: scratch folder on every node.
+        on_progress: called about every second, from another thread, with each rank's progress.
+
+    Raises:
+        ValueError, OSError: refused before start, see `pretrain.preflight`.
+        RunFailedError: the run failed more often than it may, or for good.
+    """
+    preflight(config, config.cluster.num_workers)
+    with ray_session(num_cpus=config.cluster.num_workers * config.cluster.cpus_per_worker):
+        coordinator = start_coordinator(
+            _coordinator_name(config), open_store(config), config.data.shards
+        )
+        result_of(coordinator.index.remote())
+        watching = _watch(coordinator, on_progress)
+        try:
+            _trainer(config, local_dir).fit()
+        except TrainingFailedError as error:
+            raise RunFailedError(_explain(config, error)) from error
+        finally:
+            watching.set()
+            ray.kill(coordinator)
+    return checkpoint.find(open_store(config), run_url(config), None)
+
+
+def _trainer(config: RunConfig, local_dir: Path) -> TorchTrainer:
+    cluster = config.cluster
+    # OMP_NUM_THREADS is Ray's default of 1 per worker unless it is told how many it may use.
+    environment = {"OMP_NUM_THREADS": str(cluster.cpus_per_worker)}
+    return TorchTrainer(
+        _train_on_worker,
+        train_loop_config={"config": config.model_dump_json(), "local_dir": str(local_dir)},
+        torch_config=TorchConfig(
+            backend="nccl" if cluster.use_gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_SECONDS
+        ),
+        scaling_config=ScalingConfig(
+            num_workers=cluster.num_workers,
+            use_gpu=cluster.use_gpu,
+            resources_per_worker={"CPU": cluster.cpus_per_worker}
+            | ({"GPU": 1} if cluster.use_gpu else {}),
+        ),
+        run_config=RayRunConfig(
+            name=config.name,
+            # Ray keeps its own bookkeeping here; our checkpoints do not go through it.
+            storage_path=str(local_dir / "ray"),
+            failure_config=FailureConfig(max_failures=cluster.max_failures),
+            worker_runtime_env={"env_vars": environment},
+        ),
+    )
+
+
+def _train_on_worker(arguments: dict[str, Any]) -> None:
+    config = RunConfig.model_validate_json(arguments["config"])
+    if not config.cluster.use_gpu:
+        torch.set_num_threads(config.cluster.cpus_per_worker)
+    coordinator = ray.get_actor(_coordinator_name(config), namespace=NAMESPACE)
+    run(
+        config,
+        local_dir=Path(arguments["local_dir"]),
+        index=result_of(coordinator.index.remote()),
+        report=coordinator.report.remote,
+    )
+
+
+def _watch(
+    coordinator: Any, on_progress: Callable[[Mapping[int, Progress]], None]
+) -> threading.Event:
+    """Poll the coordinator until the returned event is set."""
+    stop = threading.Event()
+
+    def poll() -> None:
+        while not stop.wait(POLL_SECONDS):
+            try:
+                ranks = result_of(coordinator.progress.remote(), timeout_seconds=10 * POLL_SECONDS)
+            except RayError:
+                continue  # the actor is being restarted, or the session is closing
+            if ranks and not stop.is_set():
+                on_progress(ranks)
+
+    threading.Thread(target=poll, name="progress", daemon=True).start()
+    return stop
+
+
+def _coordinator_name(config: RunConfig) -> str:
+    return f"coordinator-{config.name}-{digest(config)[:8]}"
+
+
+def _explain(config: RunConfig, error: TrainingFailedError) -> str:
+    """One line: what failed first on which rank, and where the run can go on from."""
+    failures = getattr(error, "worker_failures", {})
+    causes = [f"rank {rank}: {_last_line(cause)}" for rank, cause in sorted(failures.items())]
+    newest = checkpoint.newest(open_store(config), run_url(config))
+    kept = f"step {newest.step}" if newest else "none"
+    return (
+        f"run {config.name!r} failed: {'; '.join(causes) or _last_line(error)}. Newest complete "
+        f"checkpoint: {kept}; run the same command again to go on from it."
+    )
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__

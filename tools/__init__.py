@@ -1,0 +1,1 @@
+"""What people type: the `diti` command and what stands behind its verbs."""

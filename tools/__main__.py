@@ -1,0 +1,5 @@
+"""`python -m tools` is `diti`."""
+
+from tools.cli import main
+
+main()

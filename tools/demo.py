@@ -1,0 +1,115 @@
+"""`diti demo`: the whole line on this machine, through the same parts as a run on a cluster."""
+
+import os
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from cluster.export import export_features
+from cluster.launch import launch_training
+from cluster.session import ray_session
+from configs.loading import parse_run
+from configs.schema import RunConfig
+from data_pipelines.avatars import AvatarSpec, Split
+from data_pipelines.local_s3 import local_s3
+from data_pipelines.object_store import ObjectStore, join
+from pretrain.preflight import open_store, run_url
+from tools.attribute_probe import ProbeResult
+from tools.denoising import FourLosses
+from tools.evaluate_attributes import evaluate_attributes
+from tools.make_data import make_avatars
+from tools.progress import console, image_bar, training_bar
+from tools.report import make_report
+
+AVATARS_URL = "s3://diti/avatars"
+COUNTS: dict[Split, int] = {"train": 16_384, "val": 3_072, "test": 3_072}
+ROWS_PER_SHARD = 512
+NUM_WORKERS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class DemoResult:
+    report: Path
+    probes: list[ProbeResult]
+    losses: FourLosses
+
+
+def run_demo(folder: Path, overrides: tuple[str, ...] = ()) -> DemoResult:
+    """Data, training, export, evaluation and report, with an S3 server that lives as long.
+
+    Args:
+        folder: everything is kept below it; what is already there is gone on with.
+        overrides: `key.path=value` changes to `configs/runs/demo.yaml`.
+    """
+    text = (resources.files("configs") / "runs" / "demo.yaml").read_text()
+    config = parse_run(text, overrides, source="configs/runs/demo.yaml")
+    folder.mkdir(parents=True, exist_ok=True)
+    with local_s3(folder / "s3") as server:
+        os.environ |= server.environment()
+        store = open_store(config)
+        console.print(f"S3 server at {server.endpoint_url}, data in {folder / 's3'}")
+        _make_data(store)
+        with ray_session(num_cpus=NUM_WORKERS):
+            return _train_and_evaluate(store, config, folder)
+
+
+def _train_and_evaluate(store: ObjectStore, config: RunConfig, folder: Path) -> DemoResult:
+    with training_bar("training", config.train.total_images) as show:
+        manifest = launch_training(config, local_dir=(folder / "local").resolve(), on_progress=show)
+    features = {
+        (split, step): _export(store, config, split, step)
+        for step in (manifest.step, 0)
+        for split in ("val", "test")
+    }
+    console.print("probing attributes and drawing the report")
+    test_url = features["test", manifest.step]
+    probes = evaluate_attributes(
+        store,
+        train_url=features["val", manifest.step],
+        test_url=test_url,
+        untrained=(features["val", 0], features["test", 0]),
+    )
+    page, losses = make_report(store, run_url=run_url(config), test_url=test_url, probes=probes)
+    report = folder / "report.html"
+    report.write_text(page, encoding="utf-8")
+    return DemoResult(report, probes, losses)
+
+
+def _make_data(store: ObjectStore) -> None:
+    for split, count in COUNTS.items():
+        url = join(AVATARS_URL, split)
+        if store.exists(join(url, "index.parquet")):
+            continue
+        with image_bar(f"avatars {split}", count) as advance:
+            make_avatars(
+                AvatarSpec(split=split),
+                count,
+                store,
+                url,
+                rows_per_shard=ROWS_PER_SHARD,
+                workers=os.cpu_count() or 1,
+                on_shard=advance,
+            )
+
+
+def _export(store: ObjectStore, config: RunConfig, split: Split, step: int) -> str:
+    out_url = join(run_url(config), "features", f"step-{step:08d}-{split}")
+    with image_bar(f"export {split}", COUNTS[split]) as advance:
+        done = 0
+
+        def on_progress(state: object) -> None:
+            nonlocal done
+            finished = getattr(state, "done", 0) * ROWS_PER_SHARD
+            advance(finished - done)
+            done = finished
+
+        export_features(
+            store,
+            run_url=run_url(config),
+            step=step,
+            shards_url=join(AVATARS_URL, split),
+            out_url=out_url,
+            num_workers=NUM_WORKERS,
+            on_progress=on_progress,
+        )
+    return out_url

@@ -1,0 +1,102 @@
+"""Does the encoder add information? Losses of one trained model on images it has never seen.
+
+Everything is computed on the same (x_0, t, noise), so that only the feature differs.
+
+Letters: B batch, D = latent_dim.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pretrain.diti import DiTi
+from pretrain.objective import denoising_loss
+from pretrain.position_noise import draw
+
+CHUNK = 256
+NOISE_SEED = 20240  # of evaluation; no run trains with it
+
+
+@dataclass(frozen=True, slots=True)
+class FourLosses:
+    """Mean squared error of the noise estimate over the trained time-steps; lower is better."""
+
+    backbone: float
+    diti: float
+    shuffled: float
+    """With each image given another image's feature."""
+    mean: float
+    """With each image given the mean feature."""
+
+
+@dataclass(frozen=True, slots=True)
+class TimestepLosses:
+    """The same per bin of time-steps (the paper's Fig. A9)."""
+
+    bin_starts: tuple[int, ...]
+    bin_width: int
+    backbone: tuple[float, ...]
+    diti: tuple[float, ...]
+
+
+@torch.inference_mode()
+def encode(model: DiTi, images_BCHW: Tensor) -> Tensor:
+    """z of images in [-1, 1]; BD."""
+    return torch.cat([model.encoder(chunk) for chunk in images_BCHW.split(CHUNK)])
+
+
+def to_unit(images_BHWC: NDArray[np.uint8]) -> Tensor:
+    """uint8 pixels to [-1, 1]; BCHW."""
+    return torch.from_numpy(images_BHWC).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def four_losses(model: DiTi, images_BCHW: Tensor, *, repeats: int = 4) -> FourLosses:
+    """The four losses, each image at `repeats` time-steps of the trained range."""
+    z = encode(model, images_BCHW)
+    features = {"diti": z, "shuffled": z.roll(1, 0), "mean": z.mean(0, keepdim=True).expand_as(z)}
+    sums: dict[str, list[Tensor]] = {name: [] for name in ("backbone", *features)}
+    for repeat in range(repeats):
+        t, noise = _draw(images_BCHW, model.task.timesteps, repeat)
+        for name, z_BD in features.items():
+            backbone, diti = _losses(model, images_BCHW, t, noise, z_BD)
+            sums[name].append(diti)
+            if name == "diti":
+                sums["backbone"].append(backbone)
+    return FourLosses(**{name: torch.cat(values).mean().item() for name, values in sums.items()})
+
+
+def timestep_losses(model: DiTi, images_BCHW: Tensor, *, num_bins: int = 20) -> TimestepLosses:
+    """Backbone's and DiTi's loss by time-step over the trained range."""
+    first, end = model.task.timesteps
+    width = -(-(end - first) // num_bins)
+    z = encode(model, images_BCHW)
+    starts, curves = tuple(range(first, end, width)), ([], [])
+    for number, start in enumerate(starts):
+        t, noise = _draw(images_BCHW, (start, min(start + width, end)), number)
+        for curve, loss in zip(curves, _losses(model, images_BCHW, t, noise, z), strict=True):
+            curve.append(loss.mean().item())
+    return TimestepLosses(starts, width, tuple(curves[0]), tuple(curves[1]))
+
+
+def _draw(images_BCHW: Tensor, timesteps: tuple[int, int], repeat: int) -> tuple[Tensor, Tensor]:
+    count, *shape = images_BCHW.shape
+    positions = np.arange(count) + repeat * count
+    channels, height, width = shape
+    return draw(
+        positions, seed=NOISE_SEED, timesteps=timesteps, image_shape=(channels, height, width)
+    )
+
+
+@torch.inference_mode()
+def _losses(model: DiTi, x0: Tensor, t: Tensor, noise: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Per-sample loss of the backbone alone and of DiTi given z."""
+    backbone, diti = [], []
+    for part in torch.arange(len(x0)).split(CHUNK):
+        xt = model.schedule.add_noise(x0[part], t[part], noise[part])
+        epsilon, shifted = model.estimates(xt, t[part], z[part])
+        backbone.append(denoising_loss(noise[part], epsilon))
+        diti.append(denoising_loss(noise[part], shifted))
+    return torch.cat(backbone), torch.cat(diti)

@@ -1,0 +1,61 @@
+"""`diti data make avatars`: render the built-in data set into shards, in parallel."""
+
+import math
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+
+from data_pipelines.avatars import AvatarSpec, draw_avatar
+from data_pipelines.object_store import ObjectStore
+from data_pipelines.shard_index import Shard, ShardIndex, write_index
+from data_pipelines.shard_writer import write_shard
+
+
+def make_avatars(
+    spec: AvatarSpec,
+    count: int,
+    store: ObjectStore,
+    url: str,
+    *,
+    rows_per_shard: int,
+    workers: int,
+    on_shard: Callable[[int], None] = lambda images: None,
+) -> ShardIndex:
+    """Write `count` avatars below `url` as shards of `rows_per_shard`, then their index.
+
+    The result does not depend on `workers`. `on_shard` is told the images of each finished shard.
+
+    Raises:
+        ValueError: count or rows_per_shard is not positive, or the spec is refused.
+    """
+    if count < 1 or rows_per_shard < 1:
+        raise ValueError(
+            f"count and rows per shard must be at least 1, got {count} and {rows_per_shard}"
+        )
+    draw_avatar(spec, 0)  # a spec that cannot be drawn is refused here, not in every worker
+    num_shards = math.ceil(count / rows_per_shard)
+    shards: dict[int, Shard] = {}
+    # Fresh processes: the store's client must not be forked.
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        tasks = {
+            pool.submit(
+                _write_avatar_shard,
+                spec,
+                number,
+                range(number * rows_per_shard, min((number + 1) * rows_per_shard, count)),
+                store,
+                url,
+            ): number
+            for number in range(num_shards)
+        }
+        for task in as_completed(tasks):
+            shards[tasks[task]] = task.result()
+            on_shard(task.result().num_samples)
+    return write_index(store, url, [shards[number] for number in range(num_shards)])
+
+
+def _write_avatar_shard(
+    spec: AvatarSpec, number: int, rows: range, store: ObjectStore, url: str
+) -> Shard:
+    drawn = (draw_avatar(spec, row) for row in rows)
+    return write_shard(store, url, number, ((face.jpeg, face.metadata) for face in drawn))

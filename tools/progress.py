@@ -1,0 +1,85 @@
+"""Progress of anything longer than a few seconds: a bar on a terminal, plain lines elsewhere."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from pretrain.train import Progress as RankProgress
+
+PLAIN_LINE_SECONDS = 10.0
+console = Console(stderr=True)
+
+Update = Callable[[float, str], None]
+"""(done so far, text beside the bar)."""
+
+
+@contextmanager
+def progress_bar(label: str, total: float) -> Iterator[Update]:
+    """A bar towards `total`, driven by the function that the block receives."""
+    if not console.is_terminal:
+        yield _plain_lines(label, total)
+        return
+    columns = (
+        TextColumn("{task.description:<14}"),
+        BarColumn(bar_width=30),
+        TextColumn("{task.percentage:>3.0f}% {task.fields[text]}"),
+        TimeRemainingColumn(compact=True),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(label, total=total, text="")
+        yield lambda done, text: bar.update(task, completed=done, text=text)
+
+
+def _plain_lines(label: str, total: float) -> Update:
+    start = time.monotonic()
+    last = start - PLAIN_LINE_SECONDS
+
+    def update(done: float, text: str) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < PLAIN_LINE_SECONDS and done < total:
+            return
+        last = now
+        left = f", {(now - start) * (total - done) / done:.0f} s left" if 0 < done < total else ""
+        console.print(f"{label}: {done / total:.0%} {text}{left}", highlight=False)
+
+    return update
+
+
+@contextmanager
+def image_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar over images with their rate; the function it yields takes further finished images."""
+    start = time.monotonic()
+    done = 0
+    with progress_bar(label, total) as update:
+        update(0, "")
+
+        def advance(images: int) -> None:
+            nonlocal done
+            done += images
+            update(done, f"{done / (time.monotonic() - start):.0f} images/s")
+
+        yield advance
+
+
+@contextmanager
+def training_bar(
+    label: str, total_images: int
+) -> Iterator[Callable[[Mapping[int, RankProgress]], None]]:
+    """A bar over a run: images/s, loss, worst data wait, newest checkpoint."""
+    with progress_bar(label, total_images) as update:
+        update(0, "starting workers")
+
+        def show(ranks: Mapping[int, RankProgress]) -> None:
+            slowest = min(ranks.values(), key=lambda rank: rank.step)
+            waiting = max(rank.data_wait_share for rank in ranks.values())
+            update(
+                slowest.images,
+                f"{slowest.images_per_second:.0f} images/s  loss {slowest.loss:.4f}  "
+                f"data wait {waiting:.0%}  checkpoint {slowest.checkpoint_step}",
+            )
+
+        yield show

@@ -1,0 +1,146 @@
+"""`diti report`: one self-contained HTML page about one run."""
+
+from importlib import resources
+from typing import Any
+
+import jinja2
+
+from configs.loading import dump_run
+from data_pipelines.avatars import attribute_granularity
+from data_pipelines.feature_store import read_manifest
+from data_pipelines.object_store import ObjectStore
+from data_pipelines.shard_index import read_index
+from pretrain.checkpoint import read_metrics
+from pretrain.trained import load_diti
+from tools import figures
+from tools.attribute_probe import ProbeResult
+from tools.denoising import FourLosses, four_losses, timestep_losses, to_unit
+from tools.labels import read_pixels, read_samples
+from tools.pictures import interpolations, reconstructions, to_pixels
+
+NUM_RECONSTRUCTIONS = 8
+NUM_PAIRS = 3
+GROUPS = ("coarse", "middle", "fine")
+
+
+def make_report(
+    store: ObjectStore,
+    *,
+    run_url: str,
+    test_url: str,
+    probes: list[ProbeResult],
+) -> tuple[str, FourLosses]:
+    """The page, and the four losses on it.
+
+    Args:
+        test_url: features of images that nothing was trained on; their shards are read for the
+            losses and pictures.
+        probes: from `tools.evaluate_attributes`, the whole feature first.
+    """
+    model, config, manifest = load_diti(store, run_url)
+    samples = read_samples(store, read_index(store, read_manifest(store, test_url).source_url))
+    images = to_unit(read_pixels(samples, config.data.image_size_px))
+    losses = four_losses(model, images)
+    faces_a = images[:NUM_PAIRS]
+    faces_b = images[NUM_PAIRS : 2 * NUM_PAIRS]
+    page = {
+        "name": config.name,
+        "images": f"{manifest.images:,}",
+        "steps": f"{manifest.step:,}",
+        "latent_dim": model.partition.latent_dim,
+        "num_subsets": model.partition.num_subsets,
+        "checkpoint": manifest.name,
+        "tiles": _tiles(probes, losses),
+        "losses": _loss_rows(losses),
+        "figures": {
+            "loss": figures.loss_curve(read_metrics(store, run_url, manifest)),
+            "timesteps": figures.timestep_curve(
+                timestep_losses(model, images), model.partition.timestep_ends
+            ),
+            "reconstructions": figures.reconstruction_grid(
+                reconstructions(model, images[:NUM_RECONSTRUCTIONS])
+            ),
+            "interpolations": figures.interpolation_grid(
+                interpolations(model, faces_a, faces_b), to_pixels(faces_b)[:, None]
+            ),
+            "precision": figures.precision_bars(probes),
+        },
+        "config": dump_run(config),
+        **_probe_tables(probes),
+    }
+    template = resources.files("tools") / "templates" / "report.html"
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    return environment.from_string(template.read_text()).render(page), losses
+
+
+def _tiles(probes: list[ProbeResult], losses: FourLosses) -> list[dict[str, str]]:
+    by_name = {result.name: result for result in probes}
+    tiles = [{"value": f"{probes[0].mean:.3f}", "label": "mean average precision of the feature"}]
+    for name in ("untrained encoder", "raw pixels"):
+        if name in by_name:
+            gain = probes[0].mean - by_name[name].mean
+            tiles.append({"value": f"{gain:+.3f}", "label": f"against {name}"})
+    change = losses.diti / losses.backbone - 1
+    tiles.append({"value": f"{change:+.1%}", "label": "loss against the backbone alone"})
+    return tiles
+
+
+def _loss_rows(losses: FourLosses) -> list[dict[str, Any]]:
+    labels = {
+        "backbone": "none (the backbone alone)",
+        "diti": "the image's own",
+        "shuffled": "another image's",
+        "mean": "the average over images",
+    }
+    return [
+        {
+            "label": label,
+            "loss": f"{getattr(losses, name):.5f}",
+            "relative": f"{getattr(losses, name) / losses.backbone - 1:+.1%}",
+            "strong": name == "diti",
+        }
+        for name, label in labels.items()
+    ]
+
+
+def _probe_tables(probes: list[ProbeResult]) -> dict[str, Any]:
+    granularity = attribute_granularity()
+    names = probes[0].attributes
+    members = {
+        group: [name for name in names if granularity.get(name, "other") == group]
+        for group in (*GROUPS, "other")
+    }
+    members = {group: of_group for group, of_group in members.items() if of_group}
+    return {
+        "num_attributes": len(names),
+        "groups": list(members),
+        "probes": [
+            {
+                "name": result.name,
+                "dims": result.dims,
+                "values": [
+                    f"{value:.3f}"
+                    for value in (result.mean, *map(result.mean_over, members.values()))
+                ],
+                "strong": result is probes[0],
+            }
+            for result in probes
+        ],
+        "attribute_columns": [result.name for result in probes],
+        "attributes": [
+            {
+                "name": group,
+                "rows": [
+                    {
+                        "name": name.replace("_", " "),
+                        "values": [
+                            f"{result.average_precision[names.index(name)]:.3f}"
+                            for result in probes
+                        ],
+                    }
+                    for name in of_group
+                ],
+            }
+            for group, of_group in members.items()
+        ],
+    }
