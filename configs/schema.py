@@ -40,8 +40,9 @@ class DataConfig(Section):
     """Folder of WebDataset tars with their index (s3://bucket/prefix or a local path)."""
     image_size_px: PositiveInt
     """Side of the square the encoder and the backbone see; images are resized to it."""
-    lanes: PositiveInt = 64
-    """Number of places in the epoch that are read side by side; more lanes mix better."""
+    lanes: PositiveInt | None = None
+    """Places in the epoch that are read side by side; more mix better. Null means one per image of
+    the global batch: then a rank reads windows that no other rank reads."""
     window_rows: PositiveInt = 128
     """Consecutive rows of a shard fetched by one ranged GET and shuffled together."""
     decode_threads: PositiveInt = 2
@@ -192,8 +193,6 @@ class DitiTask(Section):
     backbone: BackboneConfig
     encoder: EncoderConfig = EncoderConfig()
     partition: PartitionConfig = PartitionConfig()
-    mode: Literal["base"] = "base"
-    """Which dimensions of z a time-step sees; `base` is every subset up to its own."""
     weight: Literal["snr", "constant"] = "snr"
     """Loss weight: the paper's SNR^0.1 / (1 + SNR), or 1."""
     timesteps: tuple[NonNegativeInt, PositiveInt] = (0, 1000)

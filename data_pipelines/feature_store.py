@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import accumulate
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import pyarrow as pa
@@ -222,7 +222,7 @@ def part_moments(data: bytes) -> PartMoments:
         FeatureMismatchError: these bytes are not a part, or a page's checksum fails.
     """
     where = f"a feature part of {len(data)} bytes"
-    table = _read_columns(_open_parquet(io.BytesIO(data), where), None, where)
+    table = _decode(_open_parquet(io.BytesIO(data), where), None, where)
     names = [name for name in table.column_names if name.startswith("z")]
     blocks = [_matrix(table[name]).astype(np.float64) for name in names]
     return PartMoments(
@@ -393,23 +393,54 @@ def _read_part(
                 f"{manifest.columns[-1].name}; export this shard again"
             )
         names = [*_JOIN_COLUMNS.names, *(column.name for column in columns)]
-        return _read_columns(parquet, names, where)
+        fetched = _fetch(file, size_bytes, _spans(parquet.metadata, names))
+    return _decode(_open_parquet(fetched, where, parquet.metadata), names, where)
 
 
-def _open_parquet(file: BinaryIO, where: str) -> pq.ParquetFile:
+def _spans(metadata: pq.FileMetaData, names: list[str]) -> list[tuple[int, int]]:
+    """Byte ranges [start, end) of the columns' chunks; chunks that touch are one range."""
+    spans: list[tuple[int, int]] = []
+    for group in range(metadata.num_row_groups):
+        for number in range(metadata.num_columns):
+            chunk = metadata.row_group(group).column(number)
+            if chunk.path_in_schema.partition(".")[0] not in names:
+                continue
+            start = chunk.dictionary_page_offset or chunk.data_page_offset
+            end = start + chunk.total_compressed_size
+            if spans and spans[-1][1] == start:
+                start = spans.pop()[0]
+            spans.append((start, end))
+    return spans
+
+
+def _fetch(file: BinaryIO, size_bytes: int, spans: list[tuple[int, int]]) -> BinaryIO:
+    """A file of `size_bytes` in memory, read at `spans` and zero (untouched memory) elsewhere."""
+    content = np.zeros(size_bytes, np.uint8)
+    for start, end in spans:
+        file.seek(start)
+        data = np.frombuffer(file.read(end - start), np.uint8)
+        content[start : start + len(data)] = data  # what is missing fails its page's checksum
+    return cast("BinaryIO", pa.BufferReader(pa.py_buffer(content)))
+
+
+def _open_parquet(
+    file: BinaryIO, where: str, metadata: pq.FileMetaData | None = None
+) -> pq.ParquetFile:
+    # Without pre-buffering and threads, all of a file that Python owns is read in this thread.
+    # Arrow's own may let go of it only while the interpreter ends, which kills the process.
     try:
-        return pq.ParquetFile(file, page_checksum_verification=True)
+        return pq.ParquetFile(
+            file, metadata=metadata, pre_buffer=False, page_checksum_verification=True
+        )
     except StoreError:
         raise
     except (pa.ArrowException, OSError) as error:
         raise FeatureMismatchError(f"{where} is not a readable Parquet file: {error}") from error
 
 
-def _read_columns(parquet: pq.ParquetFile, names: list[str] | None, where: str) -> pa.Table:
+def _decode(parquet: pq.ParquetFile, names: list[str] | None, where: str) -> pa.Table:
     try:
-        return parquet.read(names)
-    except StoreError:
-        raise
+        return parquet.read(names, use_threads=False)
     except (pa.ArrowException, OSError) as error:
         raise FeatureMismatchError(
             f"{where} is damaged: {error}; restore it, or export this shard again"

@@ -2,8 +2,9 @@
 
 `start_local_s3` returns once the bucket can be used. The server listens on loopback only, on free
 ports, with random credentials of its own, and its telemetry is off. It runs in a session of its
-own, so Ctrl-C reaches us and not it, and it is killed when this process ends in whatever way,
-kill -9 included. Data lives in the given folder and survives `stop`, `restart` and a new start.
+own, so Ctrl-C reaches us and not it, and it is killed when this process (with any fork of it) ends
+in whatever way, kill -9 included. Data lives in the given folder and survives `stop`, `restart`
+and a new start.
 """
 
 import http.client

@@ -39,6 +39,7 @@ T = TypeVar("T")
 
 _FIRST_PAUSE_SECONDS = 0.1
 _MAX_PAUSE_SECONDS = 5.0
+_SETUP_SECONDS = 60.0
 _SLOWEST_BYTES_PER_SECOND = 2**19
 _REFUSAL_CODES = {"ExpiredToken", "InvalidToken", "TokenRefreshRequired"}  # AWS: with status 400
 _RETRIED_CODES = {"SlowDown", "RequestTimeout", "IncompleteBody", "BadDigest"}
@@ -96,7 +97,8 @@ class S3Requests:
     def call_once(self, method: str, **query: Any) -> None:
         """One attempt at an S3 API method for the sake of tidiness: a failure does not matter."""
         with suppress(*_FAILURES):
-            self._attempt(lambda s3: s3._call_s3(method, **query), self.request_timeout_seconds)
+            s3 = self._client()
+            _wait_for(s3, s3._call_s3(method, **query), self.request_timeout_seconds)
 
     def get(self, url: str, start: int, end: int | None, etag: str = "") -> bytes:
         """The bytes [start, end) of an object (`end` None: all), of the version `etag` if given.
@@ -150,7 +152,7 @@ class S3Requests:
         except AccessRefusedError:
             return  # so it is there
         except ObjectMissingError:
-            raise _bucket_missing(url, self.endpoint()) from None
+            raise _bucket_missing(url, _name_of_endpoint(self._client())) from None
 
     def _run(
         self,
@@ -159,22 +161,24 @@ class S3Requests:
         attempt: Callable[[S3FileSystem], Coroutine[Any, Any, T]],
     ) -> T:
         """Repeat `attempt` until it succeeds, fails for good, or the deadline has passed."""
+        s3 = self._client()
+        endpoint = _name_of_endpoint(s3)
         started = time.monotonic()
         for attempts in itertools.count(1):
             left = self.deadline_seconds - (time.monotonic() - started)
             try:
                 patience = min(limit_seconds, max(left, self.request_timeout_seconds))
-                return self._attempt(attempt, patience)
+                return _wait_for(s3, attempt(s3), patience)
             except StoreError:
                 raise
             except _FAILURES as error:
-                if (final := _final_error(error, url, self.endpoint())) is not None:
+                if (final := _final_error(error, url, endpoint)) is not None:
                     raise final from error
                 cause = error
             elapsed = time.monotonic() - started
             if elapsed >= self.deadline_seconds:
                 raise StoreUnavailableError(
-                    f"{self.endpoint()} did not serve {url} in {elapsed:.1f} s and {attempts} "
+                    f"{endpoint} did not serve {url} in {elapsed:.1f} s and {attempts} "
                     f"attempts (deadline {self.deadline_seconds:g} s); the last one failed with "
                     f"{type(cause).__name__}: {cause}. Is the server running and reachable?"
                 ) from cause
@@ -183,44 +187,55 @@ class S3Requests:
             time.sleep(min(pause, self.deadline_seconds - elapsed))
         raise AssertionError("itertools.count does not end")
 
-    def _attempt(
-        self, attempt: Callable[[S3FileSystem], Coroutine[Any, Any, T]], timeout_seconds: float
-    ) -> T:
-        """One attempt on s3fs's event loop, abandoned with TimeoutError after `timeout_seconds`."""
-        s3 = self._client()
-        assert s3.loop is not None
-        bounded = asyncio.wait_for(attempt(s3), timeout_seconds)
-        future = asyncio.run_coroutine_threadsafe(bounded, s3.loop)
-        try:
-            # One second more: a coroutine may ignore its cancellation, or the loop be stuck.
-            return future.result(timeout_seconds + 1.0)
-        except TimeoutError as error:
-            raise TimeoutError(str(error) or f"no answer in {timeout_seconds:.1f} s") from error
-        finally:
-            future.cancel()
-
-    def endpoint(self) -> str:
-        """Where this process sends its requests, for messages."""
-        return self._client().endpoint_url or "AWS S3"
-
     def _client(self) -> S3FileSystem:
-        """This process's client; a forked child must not use its parent's loop and sockets."""
+        """This process's client; a forked child must not use its parent's loop and sockets.
+
+        It is complete when returned: that takes 0.3 s which no attempt should pay for.
+        """
         pid = os.getpid()
         if pid not in self._clients:
-            client = S3FileSystem(
-                endpoint_url=_checked_endpoint(self.endpoint_url),
-                skip_instance_cache=True,
-                use_listings_cache=False,
-                config_kwargs={
-                    "connect_timeout": self.request_timeout_seconds,
-                    "read_timeout": self.request_timeout_seconds,
-                    "retries": {"max_attempts": 0},
-                    "max_pool_connections": 64,
-                },
-            )
-            client.retries = 1
-            self._clients.setdefault(pid, client)  # atomic, where a lock could be forked while held
-        return self._clients[pid]
+            new = _new_client(_checked_endpoint(self.endpoint_url), self.request_timeout_seconds)
+            self._clients.setdefault(pid, new)  # atomic; a lock could be forked while it is held
+        s3 = self._clients[pid]
+        if s3._s3 is None:
+            try:
+                _wait_for(s3, s3.set_session(), _SETUP_SECONDS)
+            except (boto.BotoCoreError, TimeoutError) as error:
+                raise StoreError(f"no S3 client: {type(error).__name__}: {error}") from error
+        return s3
+
+
+def _new_client(endpoint_url: str | None, timeout_seconds: float) -> S3FileSystem:
+    client = S3FileSystem(
+        endpoint_url=endpoint_url,
+        skip_instance_cache=True,
+        use_listings_cache=False,
+        config_kwargs={
+            "connect_timeout": timeout_seconds,
+            "read_timeout": timeout_seconds,
+            "retries": {"max_attempts": 0},
+            "max_pool_connections": 64,
+        },
+    )
+    client.retries = 1
+    return client
+
+
+def _wait_for(s3: S3FileSystem, result: Coroutine[Any, Any, T], timeout_seconds: float) -> T:
+    """Run `result` on s3fs's event loop; TimeoutError, and no more work, after the timeout."""
+    assert s3.loop is not None
+    future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(result, timeout_seconds), s3.loop)
+    try:
+        # One second more: a coroutine may ignore its cancellation, or the loop be stuck.
+        return future.result(timeout_seconds + 1.0)
+    except TimeoutError as error:
+        raise TimeoutError(str(error) or f"no answer in {timeout_seconds:.1f} s") from error
+    finally:
+        future.cancel()
+
+
+def _name_of_endpoint(s3: S3FileSystem) -> str:
+    return s3.endpoint_url or "AWS S3"
 
 
 def _checked_endpoint(given: str | None) -> str | None:

@@ -106,6 +106,10 @@ class SampleOrder:
             )
         return shards, rows
 
+    def lanes_of(self, positions: Ints) -> Ints:
+        """The lane of each position: it reads one window after the other."""
+        return positions % self.samples_per_epoch % self.lanes
+
     def _locate_in_epoch(self, epoch: int, q: Ints) -> tuple[Ints, Ints]:
         tape = _tape(self.shard_sizes, self.seed, epoch)
         at = self._lane_start(q % self.lanes) + q // self.lanes

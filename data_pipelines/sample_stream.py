@@ -11,9 +11,9 @@ import queue
 import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count, islice
 from typing import Any, TypeVar
@@ -125,7 +125,7 @@ class PositionedSamples:
         self._order = order
         self._blocks = blocks
         self._tables: OrderedDict[int, Future[MemberTable]] = OrderedDict()
-        self._windows: OrderedDict[tuple[int, int], Future[tuple[bytes, int]]] = OrderedDict()
+        self._windows: dict[int, tuple[tuple[int, int], Future[tuple[bytes, int]]]] = {}
 
     def __call__(self) -> Iterator[Sample]:
         with ThreadPoolExecutor(FETCH_THREADS, "fetch") as pool:
@@ -143,30 +143,26 @@ class PositionedSamples:
         self, positions: NDArray[np.int64], pool: ThreadPoolExecutor
     ) -> tuple[NDArray[np.int64], list[tuple[int, int, Future[MemberTable], Future[Any]]]]:
         shards, rows = self._order.locate(positions)
+        lanes = self._order.lanes_of(positions)
         wanted = []
-        for shard, row in zip(shards.tolist(), rows.tolist(), strict=True):
-            table = self._kept(self._tables, shard, lambda s=shard: self._submit_table(s, pool))
-            window = row // self._order.window_rows
-            content = self._kept(
-                self._windows,
-                (shard, window),
-                lambda s=shard, w=window, t=table: pool.submit(self._fetch, s, w, t),
-            )
-            wanted.append((shard, row, table, content))
-        # Each lane is inside one window at a time, so this many cover all lanes and the look-ahead.
-        keep = (LOOK_AHEAD_BLOCKS + 1) * min(len(positions), self._order.lanes)
-        _forget_oldest(self._windows, keep)
-        _forget_oldest(self._tables, keep)
+        for lane, shard, row in zip(lanes.tolist(), shards.tolist(), rows.tolist(), strict=True):
+            table = self._table(shard, pool)
+            window = (shard, row // self._order.window_rows)
+            # A lane reads one window after the other, so the newest one of each lane is enough.
+            if lane not in self._windows or self._windows[lane][0] != window:
+                self._windows[lane] = (window, pool.submit(self._fetch, *window, table))
+            wanted.append((shard, row, table, self._windows[lane][1]))
+        while len(self._tables) > len(self._windows):
+            self._tables.popitem(last=False)
         return positions, wanted
 
-    def _kept(self, cache: OrderedDict[Any, Any], key: Any, make: Callable[[], T]) -> T:
-        if key not in cache:
-            cache[key] = make()
-        cache.move_to_end(key)
-        return cache[key]
-
-    def _submit_table(self, shard: int, pool: ThreadPoolExecutor) -> Future[MemberTable]:
-        return pool.submit(read_members, self._store, self._index, self._shard(shard))
+    def _table(self, shard: int, pool: ThreadPoolExecutor) -> Future[MemberTable]:
+        if shard not in self._tables:
+            self._tables[shard] = pool.submit(
+                read_members, self._store, self._index, self._shard(shard)
+            )
+        self._tables.move_to_end(shard)
+        return self._tables[shard]
 
     def _fetch(self, shard: int, window: int, table: Future[MemberTable]) -> tuple[bytes, int]:
         first = window * self._order.window_rows
@@ -189,11 +185,6 @@ class PositionedSamples:
 
     def _url(self, number: int) -> str:
         return join(self._index.url, self._shard(number).name)
-
-
-def _forget_oldest(cache: OrderedDict[Any, Any], keep: int) -> None:
-    while len(cache) > keep:
-        cache.popitem(last=False)
 
 
 def decode_sample(sample: Sample, size_px: int) -> NDArray[np.uint8]:
@@ -220,7 +211,7 @@ def decoded(size_px: int, threads: int) -> Callable[[Iterable[Sample]], Iterator
     """A pipeline stage that adds `image`, decoding in threads, order kept."""
 
     def stage(samples: Iterable[Sample]) -> Iterator[Sample]:
-        with ThreadPoolExecutor(threads, "decode") as pool:
+        with _closing_at_the_end(samples), ThreadPoolExecutor(threads, "decode") as pool:
             try:
                 tasks = ((s, pool.submit(decode_sample, s, size_px)) for s in samples)
                 for sample, image in looking_ahead(tasks, 4 * threads):
@@ -236,14 +227,29 @@ def batched(size: int) -> Callable[[Iterable[Sample]], Iterator[Batch]]:
 
     def stage(samples: Iterable[Sample]) -> Iterator[Batch]:
         samples = iter(samples)
-        while group := list(islice(samples, size)):
-            yield Batch(
-                np.ascontiguousarray(np.stack([s["image"] for s in group]).transpose(0, 3, 1, 2)),
-                np.array([s["__position__"] for s in group], np.int64),
-                tuple(s["__key__"] for s in group),
-            )
+        with _closing_at_the_end(samples):
+            while group := list(islice(samples, size)):
+                images = np.stack([s["image"] for s in group]).transpose(0, 3, 1, 2)
+                yield Batch(
+                    np.ascontiguousarray(images),
+                    np.array([s["__position__"] for s in group], np.int64),
+                    tuple(s["__key__"] for s in group),
+                )
 
     return stage
+
+
+@contextmanager
+def _closing_at_the_end(source: Iterable[Any]) -> Iterator[None]:
+    """Close a generator with the stage that reads it.
+
+    Left to the garbage collector, its threads would outlive an error that its frames belong to.
+    """
+    try:
+        yield
+    finally:
+        if isinstance(source, Generator):
+            source.close()
 
 
 def looking_ahead(items: Iterable[T], depth: int) -> Iterator[T]:
@@ -275,7 +281,7 @@ def prefetched(items: Iterator[T], depth: int) -> Iterator[T]:
 
     def work() -> None:
         try:
-            with closing(items):  # pyright: ignore[reportArgumentType]
+            with _closing_at_the_end(items):
                 for item in items:
                     put(item)
                     if stopped.is_set():

@@ -94,11 +94,12 @@ def pin_backbone(store: ObjectStore, url: str) -> str:
 def _read(store: ObjectStore, url: str) -> bytes:
     if not url.startswith(BUILTIN_PREFIX):
         return store.read(url)
-    path = resources.files("pretrain") / "weights" / url.removeprefix(BUILTIN_PREFIX)
+    folder = resources.files("pretrain") / "weights"
+    path = folder / url.removeprefix(BUILTIN_PREFIX)
     if not path.is_file():
         names = sorted(
             BUILTIN_PREFIX + entry.name
-            for entry in (resources.files("pretrain") / "weights").iterdir()
+            for entry in (folder.iterdir() if folder.is_dir() else ())
             if entry.name.endswith(".safetensors")
         )
         raise BackboneError(f"there is no packaged backbone {url}; there are {names}")

@@ -19,7 +19,7 @@ from typing import Any
 
 from configs.loading import ConfigError
 from configs.schema import RunConfig
-from data_pipelines.object_store import ObjectStore, join
+from data_pipelines.object_store import ObjectMissingError, ObjectStore, join
 from pretrain.world import World, from_first_rank, gather_from_ranks
 
 MANIFEST_NAME = "COMPLETE.json"
@@ -178,10 +178,15 @@ def read_file(store: ObjectStore, run_url: str, manifest: Manifest, name: str) -
     """One file of a checkpoint, verified.
 
     Raises:
-        CheckpointError: its size or digest is not what the manifest says.
+        CheckpointError: it is gone, or its size or digest is not what the manifest says.
     """
     where = join(run_url, "checkpoints", manifest.name, manifest.parts, name)
-    data = store.read(where)
+    try:
+        data = store.read(where)
+    except ObjectMissingError as error:
+        raise CheckpointError(
+            f"{where} is missing, although its manifest names it; resume from an older checkpoint"
+        ) from error
     size, digest = manifest.files[name]
     if len(data) != size or hashlib.sha256(data).hexdigest() != digest:
         raise CheckpointError(

@@ -40,7 +40,7 @@ class Engine:
         deepspeed = _import_deepspeed(world)
         self.zero_stage = engine.zero_stage
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        adam = torch.optim.AdamW(
+        self._adam = torch.optim.AdamW(
             list(self.trainable.values()),
             lr=optimizer.learning_rate,
             betas=optimizer.betas,
@@ -49,7 +49,7 @@ class Engine:
         )
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model,
-            optimizer=adam,
+            optimizer=self._adam,
             config=deepspeed_config(engine, optimizer, plan),
             dist_init_required=False,
         )
@@ -92,6 +92,10 @@ class Engine:
             with self._gathered([parameter]) if self.zero_stage == 3 else nullcontext():
                 state[name] = parameter.detach().float().cpu().clone().contiguous()
         return state
+
+    def num_optimized(self) -> int:
+        """Numbers that this rank's optimizer keeps moments of; ZeRO's padding included."""
+        return sum(state["exp_avg"].numel() for state in self._adam.state.values())
 
     def save(self, folder: Path) -> None:
         """Write this rank's parameters and optimizer state below `folder` (local)."""

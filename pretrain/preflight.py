@@ -38,7 +38,8 @@ def run_url(config: RunConfig) -> str:
 
 def sample_order(config: RunConfig, index: ShardIndex) -> SampleOrder:
     """The order in which this run sees the samples of `index`."""
-    return SampleOrder(index.sizes, config.seed, config.data.lanes, config.data.window_rows)
+    lanes = config.data.lanes or config.train.global_batch
+    return SampleOrder(index.sizes, config.seed, lanes, config.data.window_rows)
 
 
 def preflight(config: RunConfig, world_size: int) -> Preflight:

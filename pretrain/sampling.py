@@ -1,4 +1,4 @@
-"""Deterministic DDIM (METHOD section 7, eta = 0): from noise to image, and from image to noise.
+"""Sampling by DDIM: deterministic (eta = 0), or with DDPM's fresh noise at every step (eta = 1).
 
 A noise estimate is any function (x_t, t) -> epsilon: a `UNet` is one (no guidance), and
 `diti_estimate` makes another. Training and sampling share the masks and the shift coefficient.
@@ -31,25 +31,42 @@ def time_grid(start: int, steps: int) -> list[int]:
 
 @torch.no_grad()
 def ddim_sample(
-    schedule: NoiseSchedule, estimate: Estimate, xt_BCHW: Tensor, *, start: int, steps: int
+    schedule: NoiseSchedule,
+    estimate: Estimate,
+    xt_BCHW: Tensor,
+    *,
+    start: int,
+    steps: int,
+    eta: float = 0.0,
+    seed: int = 0,
 ) -> Tensor:
-    """x_0 in [-1, 1] from x_t at t = `start`; BCHW."""
+    """x_0 in [-1, 1] from x_t at t = `start`; BCHW.
+
+    Args:
+        eta: share of DDPM's noise that is added at every step; 0 is deterministic.
+        seed: of that noise.
+    """
+    generator = torch.Generator().manual_seed(seed)
     x = xt_BCHW
     for t, t_next in pairwise(time_grid(start, steps)):
-        x = _ddim_step(schedule, estimate, x, t, t_next)
+        x0, epsilon = _predict(schedule, estimate, x, t)
+        alpha_bar = schedule.alpha_bar_T[t]
+        after = schedule.alpha_bar_T[t_next] if t_next >= 0 else torch.ones_like(alpha_bar)
+        sigma = eta * ((1 - after) / (1 - alpha_bar) * (1 - alpha_bar / after)).sqrt()
+        x = after.sqrt() * x0 + (1 - after - sigma**2).clamp(min=0).sqrt() * epsilon
+        if eta:
+            x = x + sigma * torch.randn(x.shape, generator=generator).to(x)
     return x
 
 
-def _ddim_step(
-    schedule: NoiseSchedule, estimate: Estimate, x_BCHW: Tensor, t: int, t_next: int
-) -> Tensor:
-    """One step from t to t_next < t; t_next = -1 is the clean image."""
+def _predict(
+    schedule: NoiseSchedule, estimate: Estimate, x_BCHW: Tensor, t: int
+) -> tuple[Tensor, Tensor]:
+    """The clamped x_0 that a noise estimate implies, and the noise that goes with it."""
     t_B = torch.full((len(x_BCHW),), t, device=x_BCHW.device)
     alpha_bar = schedule.alpha_bar_T[t]
     x0 = schedule.remove_noise(x_BCHW, t_B, estimate(x_BCHW, t_B)).clamp(-1, 1)
-    epsilon = (x_BCHW - alpha_bar.sqrt() * x0) / (1 - alpha_bar).sqrt()
-    alpha_bar_next = schedule.alpha_bar_T[t_next] if t_next >= 0 else torch.ones_like(alpha_bar)
-    return alpha_bar_next.sqrt() * x0 + (1 - alpha_bar_next).sqrt() * epsilon
+    return x0, (x_BCHW - alpha_bar.sqrt() * x0) / (1 - alpha_bar).sqrt()
 
 
 def diti_estimate(model: DiTi, z_BD: Tensor) -> Estimate:

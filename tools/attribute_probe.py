@@ -70,7 +70,7 @@ def probe(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LinAlgWarning)  # weak strengths on collinear pixels
         ridge.fit((train_x - mean) / std, 2.0 * train_y - 1.0)
-    scores = ridge.predict((test_x - mean) / std)
+    scores = ridge.predict((test_x - mean) / std).reshape(test_y.shape)  # flat for one attribute
     return ProbeResult(
         name,
         train_x.shape[1],

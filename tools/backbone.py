@@ -38,7 +38,7 @@ def write_backbone(
             "images_seen": manifest.images,
             "final_loss": metrics[-1]["loss"],
             "index_digest": manifest.index_digest,
-            "config": manifest.config,
+            "code_version": manifest.code_version,
         },
     )
 

@@ -50,25 +50,38 @@ def read_labels(store: ObjectStore, shards_url: str) -> Labels:
     """Labels of every sample at `shards_url`.
 
     Raises:
-        ValueError: a sample has no json, or no `attributes` of 0 and 1 in it.
+        ValueError: a sample has no json, no `attributes` of 0 and 1 in it, or others than the rest.
     """
     return labels_of(read_samples(store, read_index(store, shards_url)))
 
 
 def labels_of(samples: list[Sample]) -> Labels:
     """Labels of raw samples; see `read_labels`."""
+    names = tuple(_attributes(samples[0]))
     rows = []
     for sample in samples:
-        try:
-            rows.append({n: int(v) for n, v in json.loads(sample["json"])["attributes"].items()})
-        except (KeyError, ValueError, AttributeError, TypeError) as error:
+        attributes = _attributes(sample)
+        if different := attributes.keys() ^ set(names):
             raise ValueError(
-                f"sample {sample['__key__']} of {sample['__url__']} has no labels "
-                f"({type(error).__name__}: {error}); its json needs `attributes` of 0 and 1"
-            ) from error
-    names = tuple(rows[0])
-    values = np.array([[row[name] for name in names] for row in rows], np.int8)
-    return Labels(tuple(sample["__key__"] for sample in samples), names, values)
+                f"sample {sample['__key__']} of {sample['__url__']} and the first sample do not "
+                f"both have the attributes {sorted(different)}; label every sample alike"
+            )
+        rows.append([attributes[name] for name in names])
+    keys = tuple(sample["__key__"] for sample in samples)
+    return Labels(keys, names, np.array(rows, np.int8))
+
+
+def _attributes(sample: Sample) -> dict[str, int]:
+    try:
+        attributes = dict(json.loads(sample["json"])["attributes"].items())
+        if wrong := {name: value for name, value in attributes.items() if value not in (0, 1)}:
+            raise ValueError(f"{wrong} is neither 0 nor 1")
+    except (KeyError, ValueError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"sample {sample['__key__']} of {sample['__url__']} has no labels "
+            f"({type(error).__name__}: {error}); its json needs `attributes` of 0 and 1"
+        ) from error
+    return attributes
 
 
 def read_pixels(samples: list[Sample], size_px: int) -> NDArray[np.uint8]:

@@ -101,12 +101,12 @@ def interpolations(
 def backbone_samples(
     unet: UNet, schedule: NoiseSchedule, *, count: int, size_px: int, columns: int
 ) -> Grid:
-    """Unconditional samples of a backbone by 50 DDIM steps."""
+    """Unconditional samples of a backbone by 100 stochastic steps."""
     _, noise = draw(
         np.arange(count), seed=NOISE_SEED, timesteps=(0, 1), image_shape=(3, size_px, size_px)
     )
     start = schedule.num_timesteps - 1
-    images = ddim_sample(schedule, unet, noise, start=start, steps=50)
+    images = ddim_sample(schedule, unet, noise, start=start, steps=100, eta=1.0)
     return to_pixels(images).reshape(-1, columns, size_px, size_px, 3)
 
 

@@ -118,7 +118,7 @@ def _probe_tables(probes: list[ProbeResult]) -> dict[str, Any]:
             {
                 "name": result.name,
                 "dims": result.dims,
-                "values": [
+                "cells": [
                     f"{value:.3f}"
                     for value in (result.mean, *map(result.mean_over, members.values()))
                 ],
@@ -133,7 +133,7 @@ def _probe_tables(probes: list[ProbeResult]) -> dict[str, Any]:
                 "rows": [
                     {
                         "name": name.replace("_", " "),
-                        "values": [
+                        "cells": [
                             f"{result.average_precision[names.index(name)]:.3f}"
                             for result in probes
                         ],

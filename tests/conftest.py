@@ -1,0 +1,32 @@
+"""Fixtures of the whole suite: one real S3 server, and a fresh prefix on it for each test."""
+
+import re
+import uuid
+from collections.abc import Iterator
+
+import pytest
+
+from data_pipelines.local_s3 import LocalS3, local_s3
+from data_pipelines.object_store import ObjectStore, join
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalS3]:
+    """A running server; its AWS_* variables are set for the session. Tests must not stop it."""
+    with local_s3(tmp_path_factory.mktemp("s3")) as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment().items():
+            patch.setenv(name, value)
+        yield server
+
+
+@pytest.fixture
+def store(s3: LocalS3) -> ObjectStore:
+    """An object store with default settings, on the session's server."""
+    return ObjectStore()
+
+
+@pytest.fixture
+def s3_url(s3: LocalS3, request: pytest.FixtureRequest) -> str:
+    """An empty prefix of this test's own, such as s3://diti/test_x-1f0c."""
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", request.node.name)
+    return join(f"s3://{s3.bucket}", f"{name}-{uuid.uuid4().hex[:12]}")

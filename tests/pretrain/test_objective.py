@@ -1,0 +1,166 @@
+"""The losses and the DiTi model against METHOD section 3."""
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from configs.schema import ScheduleConfig
+from pretrain.diti import DiTi
+from pretrain.noise_schedule import make_schedule
+from pretrain.objective import Weight, denoising_loss, diti_loss, shifted_estimate
+from tests.tiny_model import SIZE_PX, tiny_backbone, tiny_diti, tiny_task
+
+SCHEDULE = make_schedule(ScheduleConfig())
+STEPS = torch.tensor([0, 1, 50, 475, 999])
+ALPHA = 1 - np.linspace(1e-4, 0.02, 1000)
+ALPHA_BAR = np.cumprod(ALPHA)
+
+
+def random_images(seed: int, batch: int = len(STEPS), side: int = 3) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, 3, side, side, generator=generator)
+
+
+NOISE, EPSILON, SHIFT = (random_images(seed) for seed in range(3))
+
+
+def method_shift_coefficient(t: int) -> float:
+    before = ALPHA_BAR[t - 1] if t else 1.0
+    return -float(np.sqrt(ALPHA[t]) * (1 - before) / np.sqrt(1 - ALPHA_BAR[t]))
+
+
+def method_weight(t: int) -> float:
+    snr = ALPHA_BAR[t] / (1 - ALPHA_BAR[t])
+    return float(snr**0.1 / (1 + snr))
+
+
+def numbers(tensor: Tensor) -> NDArray[np.float64]:
+    return tensor.detach().double().numpy()
+
+
+def loss_of(weight: Weight, shift: Tensor = SHIFT) -> Tensor:
+    return diti_loss(
+        SCHEDULE, t_B=STEPS, noise_BCHW=NOISE, epsilon_BCHW=EPSILON, shift_BCHW=shift, weight=weight
+    )
+
+
+# --- the formulas ---------------------------------------------------------------------------------
+
+
+def test_the_loss_is_methods_formula_pixel_by_pixel():
+    expected = []
+    for n, t in enumerate(STEPS.tolist()):
+        total = 0.0
+        for noise, epsilon, shift in zip(
+            numbers(NOISE[n]).flat, numbers(EPSILON[n]).flat, numbers(SHIFT[n]).flat, strict=True
+        ):
+            total += (noise - (epsilon + method_shift_coefficient(t) * shift)) ** 2
+        expected.append(method_weight(t) * total / NOISE[n].numel())
+    loss = loss_of("snr")
+    assert loss.shape == (5,)
+    assert loss.dtype == torch.float32
+    np.testing.assert_allclose(numbers(loss), expected, rtol=1e-3)  # SNR_0 has 3 digits in float32
+
+
+def test_the_paper_weight_over_the_constant_one_is_w_t():
+    ratio = numbers(loss_of("snr") / loss_of("constant"))
+    np.testing.assert_allclose(ratio, [method_weight(t) for t in STEPS.tolist()], rtol=1e-3)
+
+
+def test_the_denoising_loss_is_the_mean_square_of_each_sample_in_float32():
+    loss = denoising_loss(NOISE.bfloat16(), EPSILON.bfloat16())
+    assert loss.dtype == torch.float32
+    difference = numbers(NOISE.bfloat16()) - numbers(EPSILON.bfloat16())
+    np.testing.assert_allclose(numbers(loss), (difference**2).mean(axis=(1, 2, 3)), rtol=1e-5)
+
+
+def test_timestep_zero_teaches_the_shift_nothing_and_every_other_one_does():
+    shift = SHIFT.clone().requires_grad_()
+    loss_of("snr", shift).sum().backward()
+    assert shift.grad is not None
+    assert shift.grad[0].count_nonzero() == 0
+    assert (shift.grad[1:].flatten(1) != 0).all()
+    changed = SHIFT.clone()
+    changed[0] += 100
+    assert loss_of("snr", changed)[0] == loss_of("snr")[0]
+
+
+def test_the_loss_is_the_reweighted_error_of_the_estimated_image():
+    x0 = random_images(3).clamp(-1, 1)
+    xt = SCHEDULE.add_noise(x0, STEPS, NOISE)
+    estimate = shifted_estimate(SCHEDULE, STEPS, EPSILON, SHIFT)
+    x0_hat = SCHEDULE.remove_noise(xt, STEPS, estimate)
+    error = numbers(x0 - x0_hat) ** 2
+    t = STEPS.numpy()
+    snr = ALPHA_BAR[t] / (1 - ALPHA_BAR[t])
+    weight = snr**1.1 / (1 + snr)  # w_t SNR_t
+    np.testing.assert_allclose(
+        numbers(loss_of("snr")), weight * error.mean(axis=(1, 2, 3)), rtol=5e-3
+    )
+
+
+# --- the model ------------------------------------------------------------------------------------
+
+
+def gradient_of_z(model: DiTi, t_B: Tensor) -> Tensor:
+    """d loss / d z of each sample, (B, D)."""
+    features: list[Tensor] = []
+
+    def keep(_module: object, _inputs: object, z: Tensor) -> None:
+        z.retain_grad()
+        features.append(z)
+
+    hook = model.encoder.register_forward_hook(keep)
+    images, noise = (random_images(seed, len(t_B), SIZE_PX) for seed in (4, 5))
+    model(images.clamp(-1, 1), t_B, noise).sum().backward()
+    hook.remove()
+    gradient = features[0].grad
+    assert gradient is not None
+    return gradient
+
+
+@pytest.mark.parametrize(
+    ("t", "visible_dims"), [(1, 8), (49, 8), (50, 16), (199, 16), (200, 24), (999, 24)]
+)
+def test_a_timestep_teaches_its_own_and_every_earlier_subset_and_no_later_one(
+    t: int, visible_dims: int
+):
+    gradient = gradient_of_z(tiny_diti(), torch.tensor([t, t]))
+    assert gradient.shape == (2, 24)
+    assert (gradient[:, :visible_dims] != 0).all()
+    assert gradient[:, visible_dims:].count_nonzero() == 0
+
+
+def test_every_sample_of_a_batch_follows_its_own_timestep():
+    gradient = gradient_of_z(tiny_diti(), torch.tensor([500, 10, 0, 120]))
+    assert (gradient != 0).sum(dim=1).tolist() == [24, 8, 0, 16]  # t = 0 teaches nothing
+
+
+def test_the_models_loss_is_the_objective_of_its_parts():
+    model = tiny_diti(weight="constant")
+    t = torch.tensor([30, 700])
+    x0, noise = random_images(4, 2, SIZE_PX).clamp(-1, 1), random_images(5, 2, SIZE_PX)
+    loss = model(x0, t, noise)
+    xt = SCHEDULE.add_noise(x0, t, noise)
+    epsilon, shifted = model.estimates(xt, t, model.encoder(x0))
+    torch.testing.assert_close(loss, (noise - shifted).square().mean(dim=(1, 2, 3)))
+    torch.testing.assert_close(epsilon, model.decoder.backbone(xt, t))
+
+
+def test_the_condition_is_z_up_to_the_timesteps_own_subset_and_zero_beyond():
+    z = torch.arange(1.0, 25.0).repeat(2, 1)
+    condition = tiny_diti().condition(z, torch.tensor([49, 50]))
+    assert condition[0].tolist() == [*range(1, 9), *[0] * 16]
+    assert condition[1].tolist() == [*range(1, 17), *[0] * 8]
+
+
+def test_a_backbone_with_another_number_of_timesteps_is_refused():
+    with pytest.raises(ValueError, match=r"stage_ends must end at the backbone's 500 .* got 1000"):
+        DiTi(tiny_task(), tiny_backbone(num_timesteps=500), image_size_px=SIZE_PX)
+
+
+def test_a_backbone_of_another_image_size_is_refused():
+    with pytest.raises(ValueError, match="image_size_px is 8, but the backbone was trained on 16"):
+        DiTi(tiny_task(), tiny_backbone(image_size_px=16), image_size_px=SIZE_PX)

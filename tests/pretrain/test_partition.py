@@ -1,0 +1,186 @@
+"""The partition: every time-step and every dimension has its subset, fine to coarse."""
+
+from fractions import Fraction
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from configs.schema import PartitionConfig
+from pretrain.partition import Partition, Subset, make_partition, partition_from_json
+
+SMALL = Partition(timestep_ends=(3, 4, 10), dim_ends=(1, 5, 6))
+PAPER = make_partition(PartitionConfig())
+
+
+@st.composite
+def stages(draw: st.DrawFn) -> PartitionConfig:
+    count = draw(st.integers(1, 5))
+    lengths = draw(st.lists(st.integers(1, 60), min_size=count, max_size=count))
+    dims = draw(st.lists(st.integers(1, 40), min_size=count, max_size=count))
+    subsets = [draw(st.integers(1, min(pair))) for pair in zip(lengths, dims, strict=True)]
+    ends = [sum(lengths[: i + 1]) for i in range(count)]
+    return PartitionConfig(
+        stage_ends=tuple(ends), stage_dims=tuple(dims), stage_subsets=tuple(subsets)
+    )
+
+
+configs = settings(deadline=None, max_examples=80)
+
+
+def slow_subset_of(config: PartitionConfig, t: int) -> int:
+    """METHOD section 2's corrected map, for one time-step, in exact arithmetic."""
+    offset, start = 0, 0
+    for end, subsets in zip(config.stage_ends, config.stage_subsets, strict=True):
+        if t < end:
+            return offset + int(Fraction(t - start, end - start) * subsets)
+        offset, start = offset + subsets, end
+    raise AssertionError(f"no stage holds {t}")
+
+
+# ------------------------------------------------------------------------------------------ the cut
+
+
+@configs
+@given(stages())
+def test_each_time_step_goes_to_the_subset_that_a_slow_loop_finds(config: PartitionConfig):
+    found = make_partition(config).subset_of_timestep()
+    assert found.dtype == torch.int64
+    assert found.tolist() == [slow_subset_of(config, t) for t in range(config.stage_ends[-1])]
+
+
+@configs
+@given(stages())
+def test_every_subset_owns_time_steps_and_dimensions_and_they_are_all_given_out(config):
+    partition = make_partition(config)
+    assert partition.num_subsets == sum(config.stage_subsets)
+    assert partition.num_timesteps == config.stage_ends[-1]
+    assert partition.latent_dim == sum(config.stage_dims)
+    for what in ("timesteps", "dims"):
+        ranges = [getattr(subset, what) for subset in partition.subsets]
+        assert ranges[0][0] == 0
+        assert all(start < end for start, end in ranges)
+        assert all(one[1] == two[0] for one, two in pairwise(ranges))
+
+
+@configs
+@given(stages())
+def test_each_stage_keeps_its_dimensions_and_its_last_subset_takes_the_rest(config):
+    widths = [end - start for start, end in (s.dims for s in make_partition(config).subsets)]
+    for dims, count in zip(config.stage_dims, config.stage_subsets, strict=True):
+        stage, widths = widths[:count], widths[count:]
+        assert stage[:-1] == [dims // count] * (count - 1)
+        assert sum(stage) == dims
+
+
+def test_the_papers_stages_give_the_papers_dimensions():
+    widths = [subset.dims[1] - subset.dims[0] for subset in PAPER.subsets]
+    assert widths == [
+        *(2, 2, 2, 4),
+        *(8, 8, 9),
+        *[25] * 12, 27,
+        *[8] * 11, 12,
+        *[1] * 31, 19,
+    ]  # fmt: skip
+    assert (PAPER.num_subsets, PAPER.latent_dim, PAPER.num_timesteps) == (64, 512, 1000)
+    assert [PAPER.timestep_ends[i - 1] for i in (4, 7, 20, 32, 64)] == [50, 100, 300, 500, 1000]
+    assert PAPER.timestep_ends[:7] == (13, 25, 38, 50, 67, 84, 100)
+
+
+def test_a_cut_into_one_is_no_cut():
+    whole = make_partition(PartitionConfig(stage_ends=(9,), stage_dims=(4,), stage_subsets=(1,)))
+    assert whole.subsets == (Subset("z000", (0, 9), (0, 4)),)
+    assert whole.cumulative_masks().tolist() == whole.own_masks().tolist() == [[1, 1, 1, 1]]
+
+
+# ----------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("timestep_ends", "dim_ends", "message"),
+    [
+        ((), (), "at least one; got 0 and 0"),
+        ((1, 2), (1,), "as many timestep_ends as dim_ends, at least one; got 2 and 1"),
+        ((0, 2), (1, 2), "timestep_ends must rise from above 0, got 0 after 0"),
+        ((2, 2), (1, 2), "timestep_ends must rise from above 0, got 2 after 2"),
+        ((1, 2), (2, 1), "dim_ends must rise from above 0, got 1 after 2"),
+        ((1, 2), (-1, 1), "dim_ends must rise from above 0, got -1 after 0"),
+    ],
+)
+def test_ends_that_do_not_rise_or_match_are_refused(timestep_ends, dim_ends, message: str):
+    with pytest.raises(ValueError, match=message):
+        Partition(timestep_ends, dim_ends)
+    with pytest.raises(ValueError, match=message):
+        partition_from_json({"timestep_ends": list(timestep_ends), "dim_ends": list(dim_ends)})
+
+
+# ------------------------------------------------------------------------------ masks and selection
+
+
+def test_masks_of_a_small_partition():
+    assert SMALL.cumulative_masks().tolist() == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 1, 1, 0],
+        [1, 1, 1, 1, 1, 1],
+    ]
+    assert SMALL.own_masks().tolist() == [
+        [1, 0, 0, 0, 0, 0],
+        [0, 1, 1, 1, 1, 0],
+        [0, 0, 0, 0, 0, 1],
+    ]
+    assert SMALL.cumulative_masks().dtype == SMALL.own_masks().dtype == torch.float32
+
+
+@configs
+@given(stages())
+def test_own_masks_give_each_dimension_once_and_add_up_to_the_cumulative_ones(config):
+    partition = make_partition(config)
+    own, cumulative = partition.own_masks(), partition.cumulative_masks()
+    assert own.shape == cumulative.shape == (partition.num_subsets, partition.latent_dim)
+    assert (own.sum(0) == 1).all()
+    assert (own.cumsum(0) == cumulative).all()
+    for row, subset in zip(own, partition.subsets, strict=True):
+        assert row.nonzero().flatten().tolist() == list(range(*subset.dims))
+
+
+def test_subsets_have_names_that_sort():
+    assert [subset.name for subset in SMALL.subsets] == ["z000", "z001", "z002"]
+    names = [subset.name for subset in PAPER.subsets]
+    assert names == sorted(names)
+    assert names[63] == "z063"
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "expected"),
+    [
+        (0, 1, "0"), (0, 3, "0"), (2, 3, "0"), (2, 4, "01"), (3, 4, "1"), (3, 5, "12"),
+        (4, 10, "2"), (9, 10, "2"), (0, 10, "012"), (0, 4, "01"), (2, 5, "012"),
+    ],
+)  # fmt: skip
+def test_a_selection_is_every_subset_that_the_range_touches(start: int, end: int, expected: str):
+    assert SMALL.select(start, end) == tuple(SMALL.subsets[int(i)] for i in expected)
+
+
+@configs
+@given(stages(), st.data())
+def test_a_selection_is_the_subsets_of_its_time_steps(config: PartitionConfig, data):
+    partition = make_partition(config)
+    start = data.draw(st.integers(0, partition.num_timesteps - 1))
+    end = data.draw(st.integers(start + 1, partition.num_timesteps))
+    touched = sorted(set(partition.subset_of_timestep()[start:end].tolist()))
+    assert partition.select(start, end) == tuple(partition.subsets[i] for i in touched)
+
+
+@pytest.mark.parametrize(("start", "end"), [(-1, 3), (0, 11), (3, 3), (4, 3), (10, 11)])
+def test_a_range_that_is_empty_or_outside_is_refused(start: int, end: int):
+    with pytest.raises(ValueError, match=rf"inside \[0, 10\), got \[{start}, {end}\)"):
+        SMALL.select(start, end)
+
+
+@configs
+@given(stages())
+def test_a_partition_survives_json(config: PartitionConfig):
+    partition = make_partition(config)
+    assert partition_from_json(partition.to_json()) == partition

@@ -1,0 +1,169 @@
+"""DDIM: exact with a perfect estimate, and steered only where DiTi was trained."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from configs.schema import ScheduleConfig
+from pretrain.noise_schedule import make_schedule
+from pretrain.sampling import Estimate, ddim_sample, diti_estimate, time_grid
+from tests.tiny_model import SIZE_PX, tiny_diti
+
+SCHEDULE = make_schedule(ScheduleConfig())
+
+
+def random_images(seed: int, batch: int = 2) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, 3, SIZE_PX, SIZE_PX, generator=generator)
+
+
+X0, NOISE = random_images(0).clamp(-0.95, 0.95), random_images(1)
+
+
+def knows_the_image(x_BCHW: Tensor, t_B: Tensor) -> Tensor:
+    """The noise that turns X0 into x_t, whatever x_t is."""
+    alpha_bar = SCHEDULE.alpha_bar_T[t_B][:, None, None, None]
+    return (x_BCHW - alpha_bar.sqrt() * X0) / (1 - alpha_bar).sqrt()
+
+
+# --- the time grid --------------------------------------------------------------------------------
+
+
+def test_a_grid_goes_evenly_from_its_start_to_the_clean_image():
+    assert time_grid(9, 5) == [9, 7, 5, 3, 1, -1]
+    assert time_grid(999, 10) == [999, 899, 799, 699, 599, 499, 399, 299, 199, 99, -1]
+    assert time_grid(4, 1) == [4, -1]
+    assert time_grid(0, 1) == [0, -1]
+
+
+def test_every_grid_falls_strictly_in_nearly_equal_steps():
+    for start in (*range(40), 199):
+        for steps in range(1, start + 2):
+            grid = time_grid(start, steps)
+            falls = {before - after for before, after in pairwise(grid)}
+            assert (grid[0], grid[-1], len(grid)) == (start, -1, steps + 1)
+            assert min(falls) >= 1
+            assert max(falls) - min(falls) <= 1
+
+
+@pytest.mark.parametrize("steps", [0, -1, 11])
+def test_more_steps_than_timesteps_or_none_are_refused(steps: int):
+    with pytest.raises(ValueError, match=f"from t = 9 there are 1 to 10 steps, got {steps}"):
+        time_grid(9, steps)
+
+
+# --- sampling -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("start", "steps"), [(999, 1), (999, 20), (500, 7), (30, 31), (0, 1)])
+def test_with_the_true_noise_the_image_comes_back(start: int, steps: int):
+    xt = SCHEDULE.add_noise(X0, torch.tensor([start, start]), NOISE)
+    assert start == 0 or (xt - X0).abs().max() > 0.1
+    sample = ddim_sample(SCHEDULE, lambda _x, _t: NOISE, xt, start=start, steps=steps)
+    torch.testing.assert_close(sample, X0, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [1, 10, 100])
+def test_with_the_true_image_any_start_leads_to_it(steps: int):
+    sample = ddim_sample(SCHEDULE, knows_the_image, 3 * NOISE, start=999, steps=steps)
+    torch.testing.assert_close(sample, X0, rtol=0, atol=1e-4)
+
+
+def test_a_step_keeps_the_noise_and_mixes_it_anew():
+    """After one of two steps from 999, x lies on the line between image and noise at t = 499."""
+    seen: list[tuple[int, Tensor]] = []
+
+    def estimate(x_BCHW: Tensor, t_B: Tensor) -> Tensor:
+        seen.append((int(t_B[0]), x_BCHW))
+        return knows_the_image(x_BCHW, t_B)
+
+    xt = SCHEDULE.add_noise(X0, torch.tensor([999, 999]), NOISE)
+    ddim_sample(SCHEDULE, estimate, xt, start=999, steps=2)
+    assert [t for t, _ in seen] == [999, 499]
+    expected = SCHEDULE.add_noise(X0, torch.tensor([499, 499]), NOISE)
+    torch.testing.assert_close(seen[1][1], expected, rtol=0, atol=1e-4)
+
+
+def test_the_sample_stays_between_minus_one_and_one():
+    sample = ddim_sample(SCHEDULE, lambda x, _t: -x, 5 * NOISE, start=999, steps=5)
+    assert sample.abs().max() == 1
+
+
+def test_sampling_keeps_no_graph():
+    xt = NOISE.clone().requires_grad_()
+    assert not ddim_sample(SCHEDULE, lambda x, _t: x, xt, start=999, steps=2).requires_grad
+
+
+def test_with_eta_the_noise_is_renewed_by_ddpms_share_and_stays_of_unit_size():
+    """After one of two steps: old and fresh noise in the shares of the DDPM posterior."""
+    seen: list[Tensor] = []
+
+    def estimate(x_BCHW: Tensor, t_B: Tensor) -> Tensor:
+        seen.append(x_BCHW)
+        return (x_BCHW - SCHEDULE.alpha_bar_T[t_B[0]].sqrt() * image) / (
+            1 - SCHEDULE.alpha_bar_T[t_B[0]]
+        ).sqrt()
+
+    generator = torch.Generator().manual_seed(5)
+    noise = torch.randn(1, 3, 100, 100, generator=generator)
+    image = torch.full_like(noise, 0.5)
+    start = SCHEDULE.add_noise(image, torch.tensor([199]), noise)
+    sample = ddim_sample(SCHEDULE, estimate, start, start=199, steps=2, eta=1.0)
+    now, after = (SCHEDULE.alpha_bar_T[t].item() for t in (199, 99))
+    left = (seen[1] - after**0.5 * image) / (1 - after) ** 0.5
+    kept = (1 - (1 - now / after) / (1 - now)) ** 0.5  # share of the old noise in the new one
+    assert left.std().item() == pytest.approx(1, abs=0.03)
+    assert (left * noise).mean().item() == pytest.approx(kept, abs=0.03)
+    torch.testing.assert_close(sample, image, rtol=0, atol=1e-4)  # the last step adds none
+
+
+def test_the_seed_decides_the_fresh_noise():
+    def sample(eta: float, seed: int) -> Tensor:
+        return ddim_sample(
+            SCHEDULE, lambda x, _t: 0.5 * x, NOISE, start=300, steps=3, eta=eta, seed=seed
+        )
+
+    assert torch.equal(sample(1.0, 1), sample(1.0, 1))
+    assert not torch.equal(sample(1.0, 1), sample(1.0, 2))
+    assert torch.equal(sample(0.0, 1), sample(0.0, 2))
+
+
+# --- DiTi's estimate ------------------------------------------------------------------------------
+
+Z = torch.randn(2, 24, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture(scope="module")
+def steered() -> tuple[Estimate, Estimate, Estimate]:
+    """DiTi trained on [50, 200): its estimate, its backbone's, and always the shifted one."""
+    model = tiny_diti(timesteps=(50, 200)).eval()
+    return (
+        diti_estimate(model, Z),
+        model.decoder.backbone,
+        lambda x, t_B: model.estimates(x, t_B, Z)[1],
+    )
+
+
+def test_the_estimate_is_shifted_exactly_where_the_model_was_trained(steered):
+    estimate, backbone, shifted = steered
+    for t, trained in ((0, False), (49, False), (50, True), (199, True), (200, False)):
+        t_B = torch.tensor([t, t])
+        expected = (shifted if trained else backbone)(NOISE, t_B)
+        torch.testing.assert_close(estimate(NOISE, t_B), expected, rtol=1e-5, atol=1e-6)
+        assert t == 0 or (shifted(NOISE, t_B) - backbone(NOISE, t_B)).abs().max() > 1e-3
+
+
+def test_each_sample_of_a_batch_follows_its_own_timestep(steered):
+    estimate, backbone, shifted = steered
+    t_B = torch.tensor([100, 300])
+    torch.testing.assert_close(estimate(NOISE, t_B)[0], shifted(NOISE, t_B)[0])
+    torch.testing.assert_close(estimate(NOISE, t_B)[1], backbone(NOISE, t_B)[1])
+
+
+def test_sampling_twice_gives_the_same_image(steered):
+    samples = [ddim_sample(SCHEDULE, steered[0], NOISE, start=250, steps=4) for _ in range(2)]
+    assert torch.equal(*samples)
+    unguided = ddim_sample(SCHEDULE, steered[1], NOISE, start=250, steps=4)
+    assert (samples[0] - unguided).abs().max() > 1e-3

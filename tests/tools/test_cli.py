@@ -1,0 +1,140 @@
+"""The command line: what bad input gets, before anything is started."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from configs.loading import dump_run
+from configs.schema import RunConfig
+from data_pipelines.local_s3 import LocalS3
+from data_pipelines.object_store import ObjectStore, join
+from tests.tiny_run import make_run
+from tools.cli import app
+
+
+def diti(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def train(tmp_path: Path, run: RunConfig, *overrides: str) -> Result:
+    run_file = tmp_path / "run.yaml"
+    run_file.write_text(dump_run(run))
+    return diti("train", str(run_file), *overrides, "--local-dir", str(tmp_path / "local"))
+
+
+def refused(result: Result, *words: str) -> None:
+    """Exit code 2 and one line on standard error that holds all these words."""
+    assert result.exit_code == 2, result.output
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    for word in words:
+        assert word in result.stderr
+
+
+@pytest.fixture
+def run(store: ObjectStore, s3_url: str) -> RunConfig:
+    return make_run(store, s3_url)
+
+
+def test_unknown_keys_are_listed_with_the_nearest_name(tmp_path, run) -> None:
+    result = train(tmp_path, run, "train.global_bach=3", "engine.zero_stage=7")
+    assert result.exit_code == 2
+    assert "train.global_bach: unknown key; did you mean 'global_batch'?" in result.stderr
+    assert "engine.zero_stage = 7" in result.stderr
+
+
+def test_a_missing_run_file_is_named(tmp_path) -> None:
+    result = diti("train", str(tmp_path / "no.yaml"))
+    assert result.exit_code == 2
+    assert "no.yaml" in result.stderr
+
+
+def test_a_missing_bucket_is_named(tmp_path, run) -> None:
+    refused(train(tmp_path, run, "output=s3://no-such-bucket/runs"), "no-such-bucket", "bucket")
+
+
+def test_wrong_credentials_are_refused_and_not_shown(
+    tmp_path, run, s3: LocalS3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "planted-secret")
+    result = train(tmp_path, run)
+    refused(result, "AWS_")
+    assert "planted-secret" not in result.output
+    assert s3.secret_key not in result.output
+
+
+def test_a_shard_that_does_not_match_its_index_is_named(tmp_path, run, store: ObjectStore) -> None:
+    shard = join(run.data.shards, "00002.tar")
+    store.write(shard, store.read(shard)[:-512])
+    refused(train(tmp_path, run), "00002.tar", "index")
+
+
+def test_a_missing_shard_is_named(tmp_path, run, store: ObjectStore) -> None:
+    store.delete(join(run.data.shards, "00001.tar"))
+    refused(train(tmp_path, run), "00001.tar is missing")
+
+
+def test_shards_without_an_index_are_refused(tmp_path, run, s3_url: str) -> None:
+    refused(train(tmp_path, run, f"data.shards={s3_url}/nothing"), "no shard index")
+
+
+def test_a_backbone_with_another_hash_is_refused(tmp_path, run, store: ObjectStore) -> None:
+    weights = run.task.backbone.weights
+    content = bytearray(store.read(weights))
+    content[-1] ^= 1
+    store.write(weights, bytes(content))
+    refused(train(tmp_path, run), "SHA-256", weights)
+
+
+def test_a_backbone_with_other_keys_is_refused(tmp_path, run, store: ObjectStore) -> None:
+    card = run.task.backbone.weights.replace(".safetensors", ".json")
+    changed = json.loads(store.read(card))
+    changed["unet"]["num_res_blocks"] = 2
+    store.write(card, json.dumps(changed).encode())
+    refused(train(tmp_path, run), "missing", "input_blocks")
+
+
+def test_a_batch_that_cannot_be_split_lists_the_legal_world_sizes(tmp_path, run) -> None:
+    refused(train(tmp_path, run, "cluster.num_workers=3"), "[1, 2, 4, 8, 16, 32]")
+
+
+def test_exporting_a_run_without_checkpoints_is_refused(run, s3_url: str) -> None:
+    result = diti("export", join(s3_url, "runs", "none"), "--shards", "x", "--out", "y")
+    refused(result, "no complete checkpoint")
+
+
+def test_features_without_a_manifest_are_refused(s3_url: str) -> None:
+    refused(diti("features", "show", s3_url), "manifest")
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        (),
+        ("demo",),
+        ("train",),
+        ("export",),
+        ("report",),
+        ("data", "make"),
+        ("backbone", "train"),
+        ("backbone", "samples"),
+        ("features", "show"),
+        ("eval", "attributes"),
+    ],
+)
+def test_every_verb_has_help_with_an_example(verb: tuple[str, ...]) -> None:
+    result = diti(*verb, "--help")
+    assert result.exit_code == 0
+    assert "Usage" in result.output
+    assert not verb or "Example:" in result.output
+
+
+def test_making_a_data_set_says_what_it_made(tmp_path) -> None:
+    out = str(tmp_path / "avatars")
+    arguments = ("--count", "30", "--rows-per-shard", "20", "--workers", "1", "--out", out)
+    result = diti("data", "make", "avatars", *arguments)
+    assert result.exit_code == 0, result.output
+    assert "30 images in 2 shards" in result.output
+    refused(diti("data", "make", "avatars", "--count", "0", "--out", out), "count")
+    refused(diti("data", "make", "horses", "--count", "9", "--out", out), "horses")

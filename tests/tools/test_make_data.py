@@ -1,0 +1,62 @@
+"""Making the avatar set: the same shards whatever the number of processes."""
+
+from pathlib import Path
+
+import pytest
+
+from data_pipelines.avatars import AvatarSpec, draw_avatar
+from data_pipelines.object_store import ObjectStore
+from data_pipelines.shard_index import ShardIndex, read_index, verify_listing
+from tools.labels import read_samples
+from tools.make_data import make_avatars
+
+STORE = ObjectStore()
+SPEC = AvatarSpec(split="test")
+
+
+def make(url: Path, *, workers: int, count: int = 7, rows_per_shard: int = 3) -> ShardIndex:
+    return make_avatars(
+        SPEC, count, STORE, str(url), rows_per_shard=rows_per_shard, workers=workers
+    )
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
+    """Seven avatars in shards of three, by two processes."""
+    return make(tmp_path_factory.mktemp("avatars"), workers=2)
+
+
+def test_the_last_shard_holds_what_is_left(made: ShardIndex):
+    assert [shard.name for shard in made.shards] == ["00000.tar", "00001.tar", "00002.tar"]
+    assert made.sizes == (3, 3, 1)
+    assert read_index(STORE, made.url) == made
+    verify_listing(STORE, made)
+
+
+def test_every_row_is_there_once_and_in_order(made: ShardIndex):
+    samples = read_samples(STORE, made)
+    assert [sample["jpg"] for sample in samples] == [
+        draw_avatar(SPEC, row).jpeg for row in range(7)
+    ]
+    assert [sample["__key__"] for sample in samples] == [
+        *("000000000", "000000001", "000000002"),
+        *("000010000", "000010001", "000010002"),
+        "000020000",
+    ]
+
+
+def test_the_number_of_processes_changes_nothing(made: ShardIndex, tmp_path: Path):
+    reported: list[int] = []
+    alone = make_avatars(
+        SPEC, 7, STORE, str(tmp_path), rows_per_shard=3, workers=1, on_shard=reported.append
+    )
+    assert alone.digest == made.digest
+    assert alone.shards == made.shards
+    assert sorted(reported) == [1, 3, 3]
+
+
+@pytest.mark.parametrize(("count", "rows_per_shard"), [(0, 3), (7, 0), (-1, 3)])
+def test_nothing_to_make_is_refused(tmp_path: Path, count: int, rows_per_shard: int):
+    with pytest.raises(ValueError, match=f"at least 1, got {count} and {rows_per_shard}"):
+        make(tmp_path, workers=1, count=count, rows_per_shard=rows_per_shard)
+    assert STORE.list(str(tmp_path)) == []
