@@ -53,7 +53,7 @@ def to_unit(images_BHWC: NDArray[np.uint8]) -> Tensor:
     return torch.from_numpy(images_BHWC).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def four_losses(model: DiTi, images_BCHW: Tensor, *, repeats: int = 4) -> FourLosses:
+def four_losses(model: DiTi, images_BCHW: Tensor, *, repeats: int = 2) -> FourLosses:
     """The four losses, each image at `repeats` time-steps of the trained range."""
     z = encode(model, images_BCHW)
     features = {"diti": z, "shuffled": z.roll(1, 0), "mean": z.mean(0, keepdim=True).expand_as(z)}
@@ -68,7 +68,7 @@ def four_losses(model: DiTi, images_BCHW: Tensor, *, repeats: int = 4) -> FourLo
     return FourLosses(**{name: torch.cat(values).mean().item() for name, values in sums.items()})
 
 
-def timestep_losses(model: DiTi, images_BCHW: Tensor, *, num_bins: int = 20) -> TimestepLosses:
+def timestep_losses(model: DiTi, images_BCHW: Tensor, *, num_bins: int = 16) -> TimestepLosses:
     """Backbone's and DiTi's loss by time-step over the trained range."""
     first, end = model.task.timesteps
     width = -(-(end - first) // num_bins)

@@ -18,6 +18,8 @@ from tools.denoising import FourLosses, four_losses, timestep_losses, to_unit
 from tools.labels import read_pixels, read_samples
 from tools.pictures import interpolations, reconstructions, to_pixels
 
+NUM_LOSS_IMAGES = 1024
+NUM_CURVE_IMAGES = 512
 NUM_RECONSTRUCTIONS = 8
 NUM_PAIRS = 3
 GROUPS = ("coarse", "middle", "fine")
@@ -40,7 +42,7 @@ def make_report(
     model, config, manifest = load_diti(store, run_url)
     samples = read_samples(store, read_index(store, read_manifest(store, test_url).source_url))
     images = to_unit(read_pixels(samples, config.data.image_size_px))
-    losses = four_losses(model, images)
+    losses = four_losses(model, images[:NUM_LOSS_IMAGES])
     faces_a = images[:NUM_PAIRS]
     faces_b = images[NUM_PAIRS : 2 * NUM_PAIRS]
     page = {
@@ -55,7 +57,7 @@ def make_report(
         "figures": {
             "loss": figures.loss_curve(read_metrics(store, run_url, manifest)),
             "timesteps": figures.timestep_curve(
-                timestep_losses(model, images), model.partition.timestep_ends
+                timestep_losses(model, images[:NUM_CURVE_IMAGES]), model.partition.timestep_ends
             ),
             "reconstructions": figures.reconstruction_grid(
                 reconstructions(model, images[:NUM_RECONSTRUCTIONS])
