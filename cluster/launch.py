@@ -1,7 +1,9 @@
 """Training under Ray Train: workers, restarts, progress."""
 
+import signal
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +58,8 @@ def launch_training(
         result_of(coordinator.index.remote())
         watching = _watch(coordinator, on_progress)
         try:
-            _trainer(config, local_dir).fit()
+            with _interrupts_raised():
+                _trainer(config, local_dir).fit()
         except TrainingFailedError as error:
             raise RunFailedError(_explain(config, error)) from error
         finally:
@@ -89,6 +92,22 @@ def _trainer(config: RunConfig, local_dir: Path) -> TorchTrainer:
             worker_runtime_env={"env_vars": environment},
         ),
     )
+
+
+@contextmanager
+def _interrupts_raised() -> Iterator[None]:
+    """Ctrl-C ends the block as KeyboardInterrupt, and its handler is as before afterwards.
+
+    Ray Train installs a handler of its own, which ends the run and then calls `sys.exit(0)`.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as error:
+        raise KeyboardInterrupt from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)
 
 
 def _train_on_worker(arguments: dict[str, Any]) -> None:

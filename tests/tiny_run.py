@@ -27,7 +27,7 @@ task:
   backbone: {{weights: {weights}, sha256: {sha256}}}
   encoder: {{latent_dim: 24, channels: [32, 32, 32], attention_after: 2}}
   partition:
-    stage_ends: [50, 200, 1000]
+    stage_ends: [50, 300, 1000]
     stage_dims: [8, 8, 8]
     stage_subsets: [1, 1, 1]
   weight: constant

@@ -40,6 +40,8 @@ def _plain_lines(label: str, total: float) -> Update:
     def update(done: float, text: str) -> None:
         nonlocal last
         now = time.monotonic()
+        if not done:
+            return  # nothing has happened yet, and something may still be refused
         if now - last < PLAIN_LINE_SECONDS and done < total:
             return
         last = now
