@@ -137,6 +137,8 @@ def read_manifest(store: ObjectStore, run_url: str, step: int) -> Manifest:
     where = join(run_url, "checkpoints", checkpoint_name(step), MANIFEST_NAME)
     try:
         value = json.loads(store.read(where))
+        if value["format_version"] != FORMAT_VERSION:
+            raise ValueError(f"format {value['format_version']}, this code reads {FORMAT_VERSION}")
         files = {name: (int(size), str(sha)) for name, (size, sha) in value.pop("files").items()}
         return Manifest(files=files, **value)
     except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -227,8 +227,9 @@ def test_a_damaged_or_missing_part_is_named_with_the_remedy(
         lambda text: json.dumps(json.loads(text) | {"files": {"a": 3}}),
         lambda text: json.dumps({k: v for k, v in json.loads(text).items() if k != "parts"}),
         lambda text: json.dumps(json.loads(text) | {"invented_later": 1}),
+        lambda text: json.dumps(json.loads(text) | {"format_version": 2}),
     ],
-    ids=["half", "empty", "list", "files", "without parts", "unknown field"],
+    ids=["half", "empty", "list", "files", "without parts", "unknown field", "other format"],
 )
 def test_a_manifest_that_cannot_be_read_is_named_with_the_remedy(
     run: Run, change: Callable[[str], str]
