@@ -11,6 +11,7 @@ model has really been trained on is found along the lineage, not in a log of eve
 
 import hashlib
 import json
+import re
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -124,7 +125,7 @@ def complete_steps(store: ObjectStore, run_url: str) -> list[int]:
         for info in store.list(join(run_url, "checkpoints"))
         if info.url.endswith("/" + MANIFEST_NAME)
     ]
-    return sorted(int(name.removeprefix("step-")) for name in names)
+    return sorted(int(name[5:]) for name in names if re.fullmatch(r"step-\d{8}", name))
 
 
 def read_manifest(store: ObjectStore, run_url: str, step: int) -> Manifest:

@@ -26,8 +26,14 @@ def evaluate_attributes(
     Raises:
         ValueError: both features come from the same shards, or labels are missing.
     """
-    sources = [read_manifest(store, url).source_url for url in (train_url, test_url)]
-    if sources[0] == sources[1]:
+    manifests = [read_manifest(store, url) for url in (train_url, test_url)]
+    sources = [manifest.source_url for manifest in manifests]
+    if manifests[0].encoder_sha256 != manifests[1].encoder_sha256:
+        raise ValueError(
+            f"{train_url} ({manifests[0].checkpoint}) and {test_url} ({manifests[1].checkpoint}) "
+            f"were made by different encoders; export both from one checkpoint"
+        )
+    if manifests[0].index_digest == manifests[1].index_digest:
         raise ValueError(
             f"both feature sets come from {sources[0]}; a probe must be tested on images that it "
             f"has not seen: export a second split"
@@ -36,6 +42,11 @@ def evaluate_attributes(
     labels = [labels_of(half) for half in samples]
     train, test = (read_features(store, url) for url in (train_url, test_url))
     attributes = labels[0].names
+    if attributes != labels[1].names:
+        raise ValueError(
+            f"{sources[0]} and {sources[1]} are labelled with different attributes: "
+            f"{sorted(set(attributes) ^ set(labels[1].names))}"
+        )
     results = probe_features(
         train, labels[0].of(train.keys), test, labels[1].of(test.keys), attributes
     )

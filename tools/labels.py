@@ -31,7 +31,7 @@ class Labels:
         if unknown:
             raise ValueError(
                 f"{len(unknown)} of {len(keys)} features have no labels, for example key "
-                f"{unknown[0]}; give --labels the shards that the features were exported from"
+                f"{unknown[0]}; the shards changed after the export: export again"
             )
         return self.values[[row_of[key] for key in keys]]
 
@@ -57,7 +57,7 @@ def read_labels(store: ObjectStore, shards_url: str) -> Labels:
 
 def labels_of(samples: list[Sample]) -> Labels:
     """Labels of raw samples; see `read_labels`."""
-    names = tuple(_attributes(samples[0]))
+    names = tuple(sorted(_attributes(samples[0])))
     rows = []
     for sample in samples:
         attributes = _attributes(sample)

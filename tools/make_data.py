@@ -48,9 +48,13 @@ def make_avatars(
             ): number
             for number in range(num_shards)
         }
-        for task in as_completed(tasks):
-            shards[tasks[task]] = task.result()
-            on_shard(task.result().num_samples)
+        try:
+            for task in as_completed(tasks):
+                shards[tasks[task]] = task.result()
+                on_shard(task.result().num_samples)
+        except BaseException:  # Ctrl-C too: what has not begun is not begun any more
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return write_index(store, url, [shards[number] for number in range(num_shards)])
 
 
