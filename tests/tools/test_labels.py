@@ -47,7 +47,7 @@ def test_rows_can_be_asked_for_in_any_order(url: str):
 def test_keys_without_labels_are_counted_and_named(url: str):
     with pytest.raises(ValueError, match=r"2 of 3 features have no labels.* key 000090000;") as e:
         read_labels(STORE, url).of(["000000001", "000090000", "000090001"])
-    assert "give export again the shards that the features were exported from" in str(e.value)
+    assert "the shards changed after the export: export again" in str(e.value)
 
 
 def test_pixels_are_the_avatars_own(url: str):
