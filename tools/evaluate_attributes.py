@@ -54,7 +54,7 @@ def evaluate_attributes(
         halves = [read_features(store, url) for url in untrained]
         results.append(_probe_whole("untrained encoder", halves, labels))
     if pixels:
-        size_px = read_manifest(store, train_url).config["data"]["image_size_px"]
+        size_px = manifests[0].config["data"]["image_size_px"]
         flat = [read_pixels(half, size_px).reshape(len(half), -1) / 255.0 for half in samples]
         results.append(
             probe(
