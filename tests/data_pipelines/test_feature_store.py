@@ -17,18 +17,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipelines.feature_store import (
+from data_pipelines.feature_part import (
     FeatureColumn,
-    FeatureManifest,
     FeatureMismatchError,
     PartInfo,
     encode_part,
     part_moments,
+    select_columns,
+)
+from data_pipelines.feature_store import (
+    FeatureManifest,
     part_name,
     publish_manifest,
     read_features,
     read_manifest,
-    select_columns,
 )
 from data_pipelines.local_s3 import LocalS3
 from data_pipelines.object_store import (

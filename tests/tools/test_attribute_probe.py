@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from data_pipelines.feature_store import FeatureColumn, Features
+from data_pipelines.feature_part import FeatureColumn
+from data_pipelines.feature_store import Features
 from tools.attribute_probe import ProbeResult, probe, probe_features
 
 N = 400
