@@ -7,13 +7,28 @@ by `pretrain.preflight` and `pretrain.run_plan` before a run starts.
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-Url = Annotated[str, Field(min_length=1, pattern=r"^(s3://[^/]+/.+|file://.+|[^:]+)$")]
+
+
+def _without_credentials(url: str) -> str:
+    """Settings are stored beside every checkpoint, so they may hold no secret."""
+    if "@" in url.partition("://")[2].partition("/")[0]:
+        raise ValueError(
+            "holds credentials before an '@'; take them out and set the AWS_* variables instead"
+        )
+    return url
+
+
+Url = Annotated[
+    str,
+    Field(min_length=1, pattern=r"^(s3://[^/]+/.+|file:///.+|[^:]+)$"),
+    AfterValidator(_without_credentials),
+]
 
 
 class Section(BaseModel):
@@ -25,7 +40,7 @@ class Section(BaseModel):
 class StoreConfig(Section):
     """How object storage is reached. Credentials come from the AWS_* environment only."""
 
-    endpoint_url: str | None = None
+    endpoint_url: Annotated[str, AfterValidator(_without_credentials)] | None = None
     """S3 endpoint; null means AWS_ENDPOINT_URL, or AWS itself where that is unset."""
     deadline_seconds: PositiveFloat = 60.0
     """A request is retried for this long before the run stops with one error."""

@@ -45,6 +45,7 @@ __all__ = [
     "ObjectTooShortError",
     "StoreError",
     "StoreUnavailableError",
+    "absolute",
     "join",
 ]
 
@@ -60,6 +61,11 @@ def join(url: str, *parts: str) -> str:
     if not all(cleaned):
         raise ValueError(f"join({url!r}, ...) got an empty part among {parts!r}")
     return "/".join([url.rstrip("/"), *cleaned])
+
+
+def absolute(url: str) -> str:
+    """`url` as other processes can use it: a relative path counts from this working directory."""
+    return url if "://" in url else str(Path(url).absolute())
 
 
 class ObjectStore:

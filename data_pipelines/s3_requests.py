@@ -60,6 +60,11 @@ _RETRIED_BOTO_ERRORS = (
 def bucket_and_key(url: str) -> tuple[str, str]:
     """The parts of an s3:// URL; the key may be empty. Raises ValueError without a bucket."""
     bucket, _, key = url.removeprefix("s3://").partition("/")
+    if "@" in bucket:  # what stands before it would be a password
+        raise ValueError(
+            f"the URL s3://***@{bucket.rpartition('@')[2]}/{key} must not hold credentials: set "
+            f"the AWS_* variables instead"
+        )
     if not bucket:
         raise ValueError(f"{url!r} names no bucket: use s3://bucket/key")
     return bucket, key

@@ -99,6 +99,17 @@ def member_sample(table: MemberTable, row: int, url: str, window: bytes, base: i
     return sample
 
 
+def read_shard(store: ObjectStore, index: ShardIndex, shard: Shard) -> list[Sample]:
+    """Every raw sample of one shard, in order of row, from one read of the whole tar.
+
+    Raises:
+        ShardMismatchError: the tar is not the one that was indexed.
+    """
+    url = join(index.url, shard.name)
+    table, tar = read_members(store, index, shard), store.read(url)
+    return [member_sample(table, row, url, tar, 0) for row in range(shard.num_samples)]
+
+
 def row_span(table: MemberTable, first: int, last: int) -> tuple[int, int]:
     """Byte range [start, end) of the tar that holds rows first..last-1."""
     starts = np.stack([table.offsets[e][first:last] for e in table.extensions])
