@@ -184,6 +184,11 @@ def read_file(store: ObjectStore, run_url: str, manifest: Manifest, name: str) -
         CheckpointError: it is gone, or its size or digest is not what the manifest says.
     """
     where = join(run_url, "checkpoints", manifest.name, manifest.parts, name)
+    if name not in manifest.files:
+        raise CheckpointError(
+            f"the manifest of checkpoint {manifest.name} of {run_url} names no {name}, only "
+            f"{sorted(manifest.files)}; use another checkpoint"
+        )
     try:
         data = store.read(where)
     except ObjectMissingError as error:

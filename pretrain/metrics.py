@@ -4,26 +4,34 @@ Object stores cannot append, and a line written after the last checkpoint descri
 restart will repeat. So lines are kept until the next checkpoint takes them along.
 """
 
+import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from configs.schema import RunConfig
 from pretrain.checkpoint import METRICS_NAME
+from pretrain.preflight import run_url
+from pretrain.world import World
 
 
 class MetricsLog:
-    """Rank 0's log. wandb resumes under the same id, so a restarted run stays one curve."""
+    """A run's numbers; only the first rank's are kept. Used as a context, which ends wandb's run.
 
-    def __init__(self, config: RunConfig, local_dir: Path) -> None:
+    wandb resumes under the same id, so a restarted run stays one curve.
+    """
+
+    def __init__(self, config: RunConfig, local_dir: Path, world: World) -> None:
+        self._keeps = world.is_first
         self._lines: list[str] = []
         self._wandb: Any = None
-        if config.wandb.mode != "disabled":
+        if self._keeps and config.wandb.mode != "disabled":
             import wandb
 
+            where = hashlib.sha256(run_url(config).encode()).hexdigest()[:8]
             self._wandb = wandb.init(
                 project=config.wandb.project,
-                id=config.name,
+                id=f"{config.name}-{where}",
                 name=config.name,
                 resume="allow",
                 mode=config.wandb.mode,
@@ -32,9 +40,17 @@ class MetricsLog:
                 settings=wandb.Settings(silent=True, console="off"),
             )
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=0 if kind is None else 1)
+
     def record(self, values: dict[str, float]) -> None:
         """Keep one line, which must hold `step`, for the next checkpoint; send it to wandb."""
-        self._lines.append(json.dumps(values))
+        if self._keeps:
+            self._lines.append(json.dumps(values))
         if self._wandb is not None:
             self._wandb.log(values, step=int(values["step"]))
 
@@ -42,7 +58,3 @@ class MetricsLog:
         """Write the kept lines into a checkpoint's folder and forget them."""
         (folder / METRICS_NAME).write_text("".join(line + "\n" for line in self._lines))
         self._lines.clear()
-
-    def close(self) -> None:
-        if self._wandb is not None:
-            self._wandb.finish()

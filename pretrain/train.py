@@ -101,51 +101,47 @@ def run(
     saver = _Saver(config, store, world, index, backbone_sha256, local_dir)
     step = saver.restore(engine, ema)
 
-    # --- step 0 is published too: it proves early that storage takes our checkpoints, and it is
-    # --- the untrained encoder that every evaluation compares with ---------------------------
-    metrics = MetricsLog(config, local_dir) if world.is_first else None
-    if saver.newest is None:
-        saver.publish(0, engine, ema, metrics, seen=[])
-
     # --- loop --------------------------------------------------------------------------------
     batches = _timed(_open_batches(store, index, order, config, plan, world, first_batch=step))
     seen: list[Batch] = []
     window = _Window()
     model.train()
-    while step < plan.total_steps:
-        torch.manual_seed(int(mix64(config.seed, step, world.rank) >> np.uint64(1)))  # dropout
-        micro_batches = []
-        for _ in range(plan.accumulation):
-            batch, waited = next(batches)
-            seen.append(batch)
-            window.waited += waited
-            micro_batches.append(_to_tensors(batch, config, world.device))
+    with MetricsLog(config, local_dir, world) as metrics:
+        if saver.newest is None:
+            # Step 0 is published too: it proves early that storage takes our checkpoints, and it
+            # is the untrained encoder that every evaluation compares with.
+            saver.publish(0, engine, ema, metrics, seen=[])
+        while step < plan.total_steps:
+            torch.manual_seed(int(mix64(config.seed, step, world.rank) >> np.uint64(1)))  # dropout
+            micro_batches = []
+            for _ in range(plan.accumulation):
+                batch, waited = next(batches)
+                seen.append(batch)
+                window.waited += waited
+                micro_batches.append(_to_tensors(batch, config, world.device))
 
-        images_before = step * config.train.global_batch
-        rate = learning_rate(config.optimizer, images_before, config.train.total_images)
-        window.losses.append(engine.step(rate, micro_batches))
-        ema.update(engine.local_shards())
-        step += 1
+            images_before = step * config.train.global_batch
+            rate = learning_rate(config.optimizer, images_before, config.train.total_images)
+            window.losses.append(engine.step(rate, micro_batches))
+            ema.update(engine.local_shards())
+            step += 1
 
-        if step % config.train.log_every_steps == 0 or plan.publishes_at(step):
-            progress = window.close(step, config, plan, world, saver.newest_step)
-            if metrics:
+            if step % config.train.log_every_steps == 0 or plan.publishes_at(step):
+                progress = window.close(step, config, plan, world, saver.newest_step)
                 metrics.record(_metrics_line(progress, rate))
-            if report:
-                report(progress)
-            if not math.isfinite(progress.loss):
-                raise TrainingDivergedError(
-                    f"loss is {progress.loss} by step {step}; the newest complete checkpoint is "
-                    f"step {saver.newest_step}. Lower optimizer.learning_rate or set clip_norm."
-                )
-            window = _Window()
-        if plan.publishes_at(step):
-            saver.publish(step, engine, ema, metrics, seen)
-            seen.clear()
+                if report:
+                    report(progress)
+                if not math.isfinite(progress.loss):
+                    raise TrainingDivergedError(
+                        f"loss is {progress.loss} by step {step}; the newest complete checkpoint "
+                        f"is step {saver.newest_step}. Lower optimizer.learning_rate or set "
+                        f"optimizer.clip_norm."
+                    )
+                window = _Window()
+            if plan.publishes_at(step):
+                saver.publish(step, engine, ema, metrics, seen)
+                seen.clear()
 
-    # --- close -------------------------------------------------------------------------------
-    if metrics:
-        metrics.close()
     assert saver.newest is not None
     return saver.newest
 
@@ -306,7 +302,7 @@ class _Saver:
         return manifest.step
 
     def publish(
-        self, step: int, engine: Engine, ema: Ema, metrics: MetricsLog | None, seen: list[Batch]
+        self, step: int, engine: Engine, ema: Ema, metrics: MetricsLog, seen: list[Batch]
     ) -> None:
         """Collective: write the state after `step` steps as a complete checkpoint."""
         folder = self._empty_scratch()
@@ -316,7 +312,7 @@ class _Saver:
         average = engine.whole_state()
         ema.swap(engine.local_shards())
         (folder / f"samples-{self.world.rank:05d}.tsv").write_text(_sample_lines(seen))
-        if metrics:
+        if self.world.is_first:
             save_file(weights, folder / checkpoint.WEIGHTS_NAME)
             save_file(average, folder / checkpoint.EMA_NAME)
             metrics.write_to(folder)
