@@ -19,22 +19,16 @@ import numpy as np
 import ray
 import torch
 from numpy.typing import NDArray
+from ray.exceptions import RayError
 
 from cluster.coordinator import Work, start_coordinator
 from cluster.leases import LEASE_SECONDS, QueueState
-from cluster.session import ray_session, result_of
-from data_pipelines.feature_store import (
-    FeatureColumn,
-    FeatureManifest,
-    PartInfo,
-    encode_part,
-    part_moments,
-    part_name,
-    publish_manifest,
-)
-from data_pipelines.object_store import AlreadyExistsError, ObjectStore, StoreError, join
-from data_pipelines.sample_stream import Sample, decode_sample, member_sample
-from data_pipelines.shard_index import Shard, ShardIndex, read_index, read_members, verify_listing
+from cluster.session import last_line, ray_session, result_of
+from data_pipelines.feature_part import FeatureColumn, PartInfo, encode_part, part_moments
+from data_pipelines.feature_store import FeatureManifest, part_name, publish_manifest
+from data_pipelines.object_store import AlreadyExistsError, ObjectStore, StoreError, absolute, join
+from data_pipelines.sample_stream import decode_sample, read_shard
+from data_pipelines.shard_index import Shard, ShardIndex, read_index, verify_listing
 from pretrain.trained import TrainedEncoder, load_encoder
 
 IMAGES_PER_FORWARD = 256
@@ -64,6 +58,7 @@ def export_features(
             their index, or an `out_url` that holds features of another encoder or shard set.
         ExportFailedError: naming the shards that failed, and why.
     """
+    run_url, shards_url, out_url = absolute(run_url), absolute(shards_url), absolute(out_url)
     trained = load_encoder(store, run_url, step=step)
     index = read_index(store, shards_url)
     verify_listing(store, index)
@@ -80,6 +75,11 @@ def export_features(
                 for number, worker in enumerate(workers)
             ]
             state = _wait(running, coordinator, on_progress)
+        except (StoreError, RayError) as error:
+            raise ExportFailedError(
+                f"export into {out_url} stopped: {last_line(error)}. Finished parts are kept; run "
+                f"the same command again to go on."
+            ) from error
         finally:
             for actor in (*workers, coordinator):
                 ray.kill(actor)
@@ -103,7 +103,7 @@ def encode_shard(
         ShardMismatchError: the tar is not the one that was indexed.
         DecodeError: an image cannot be used.
     """
-    samples = list(_read_whole_shard(store, index, shard))
+    samples = read_shard(store, index, shard)
     size_px = trained.config.data.image_size_px
     with ThreadPoolExecutor(DECODE_THREADS) as pool:
         images = list(pool.map(lambda sample: decode_sample(sample, size_px), samples))
@@ -177,14 +177,6 @@ def _lease_kept(coordinator: Any, worker: str, stem: str) -> Iterator[None]:
         done.set()
 
 
-def _read_whole_shard(store: ObjectStore, index: ShardIndex, shard: Shard) -> Iterator[Sample]:
-    url = join(index.url, shard.name)
-    table = read_members(store, index, shard)
-    tar = store.read(url)
-    for row in range(shard.num_samples):
-        yield member_sample(table, row, url, tar, 0)
-
-
 @torch.inference_mode()
 def _encode(trained: TrainedEncoder, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
     images = torch.from_numpy(images_BHWC).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -210,7 +202,13 @@ def _declare_intent(
     try:
         store.write(where, json.dumps(intent).encode(), only_if_absent=True)
     except AlreadyExistsError:
-        found = json.loads(store.read(where))
+        try:
+            found = json.loads(store.read(where))
+        except ValueError as error:
+            raise ValueError(
+                f"{where} is damaged ({error}), so nobody knows whose features {out_url} holds; "
+                f"delete that folder, or export into another one"
+            ) from error
         if found != intent:
             raise ValueError(
                 f"{out_url} holds features of another encoder or shard set ({where} says {found}, "

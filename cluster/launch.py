@@ -16,10 +16,12 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from cluster.coordinator import NAMESPACE, start_coordinator
-from cluster.session import ray_session, result_of
+from cluster.session import last_line, ray_session, result_of
 from configs.loading import digest
-from configs.schema import RunConfig
+from configs.schema import DitiTask, RunConfig
+from data_pipelines.object_store import StoreError, absolute
 from pretrain import checkpoint
+from pretrain.backbone import BUILTIN_PREFIX
 from pretrain.preflight import open_store, preflight, run_url
 from pretrain.train import Progress, run
 
@@ -50,8 +52,13 @@ def launch_training(
         ValueError, OSError: refused before start, see `pretrain.preflight`.
         RunFailedError: the run failed more often than it may, or for good.
     """
+    config = _with_absolute_paths(config)
     preflight(config, config.cluster.num_workers)
-    with ray_session(num_cpus=config.cluster.num_workers * config.cluster.cpus_per_worker):
+    cluster = config.cluster
+    with ray_session(
+        num_cpus=cluster.num_workers * cluster.cpus_per_worker,
+        num_gpus=cluster.num_workers if cluster.use_gpu else 0,
+    ):
         coordinator = start_coordinator(
             _coordinator_name(config), open_store(config), config.data.shards
         )
@@ -60,12 +67,23 @@ def launch_training(
         try:
             with _interrupts_raised():
                 _trainer(config, local_dir).fit()
-        except TrainingFailedError as error:
+            return checkpoint.find(open_store(config), run_url(config), None)
+        except (TrainingFailedError, StoreError) as error:
             raise RunFailedError(_explain(config, error)) from error
         finally:
             watching.set()
             ray.kill(coordinator)
-    return checkpoint.find(open_store(config), run_url(config), None)
+
+
+def _with_absolute_paths(config: RunConfig) -> RunConfig:
+    """Ray Train's workers run in folders of their own, where relative paths would lead astray."""
+    task = config.task
+    if isinstance(task, DitiTask) and not task.backbone.weights.startswith(BUILTIN_PREFIX):
+        weights = absolute(task.backbone.weights)
+        backbone = task.backbone.model_copy(update={"weights": weights})
+        task = task.model_copy(update={"backbone": backbone})
+    data = config.data.model_copy(update={"shards": absolute(config.data.shards)})
+    return config.model_copy(update={"output": absolute(config.output), "data": data, "task": task})
 
 
 def _trainer(config: RunConfig, local_dir: Path) -> TorchTrainer:
@@ -146,18 +164,16 @@ def _coordinator_name(config: RunConfig) -> str:
     return f"coordinator-{config.name}-{digest(config)[:8]}"
 
 
-def _explain(config: RunConfig, error: TrainingFailedError) -> str:
+def _explain(config: RunConfig, error: Exception) -> str:
     """One line: what failed first on which rank, and where the run can go on from."""
     failures = getattr(error, "worker_failures", {})
-    causes = [f"rank {rank}: {_last_line(cause)}" for rank, cause in sorted(failures.items())]
-    newest = checkpoint.newest(open_store(config), run_url(config))
-    kept = f"step {newest.step}" if newest else "none"
+    causes = [f"rank {rank}: {last_line(cause)}" for rank, cause in sorted(failures.items())]
+    try:
+        newest = checkpoint.newest(open_store(config), run_url(config))
+        kept = f"step {newest.step}" if newest else "none"
+    except (StoreError, checkpoint.CheckpointError) as unreadable:
+        kept = f"unknown ({unreadable})"
     return (
-        f"run {config.name!r} failed: {'; '.join(causes) or _last_line(error)}. Newest complete "
+        f"run {config.name!r} failed: {'; '.join(causes) or last_line(error)}. Newest complete "
         f"checkpoint: {kept}; run the same command again to go on from it."
     )
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__

@@ -7,19 +7,43 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray.exceptions import RayError, RayTaskError
+
+_log = logging.getLogger(__name__)
+
+
+class ClusterError(RuntimeError):
+    """Ray failed us: an actor died for good, a node was lost, the cluster went away."""
 
 
 @contextmanager
-def ray_session(num_cpus: int) -> Iterator[None]:
+def ray_session(num_cpus: int, num_gpus: int = 0) -> Iterator[None]:
     """Ray for the length of the block; a session that is already there is used and left alone.
 
     Joins the cluster at RAY_ADDRESS where that is set. A local one is told that this machine has
     `num_cpus` cores: ranks are processes, and two of them must fit on one core too.
+
+    Raises:
+        ValueError: this machine has fewer than `num_gpus` GPUs.
+        ClusterError: in place of Ray's own errors out of the block.
     """
-    if ray.is_initialized():
+    started = not ray.is_initialized()
+    if started:
+        _start(num_cpus)
+    try:
+        _check_gpus(num_gpus)
         yield
-        return
+    except RayError as error:
+        raise ClusterError(f"Ray failed: {last_line(error)}") from error
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _start(num_cpus: int) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # A local session has a token of its own, and Ray warns about it at every start.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel("ERROR")
     if "RAY_ADDRESS" in os.environ:
         ray.init(log_to_driver=False, logging_level=logging.WARNING)
     else:
@@ -29,12 +53,29 @@ def ray_session(num_cpus: int) -> Iterator[None]:
             log_to_driver=False,
             logging_level=logging.WARNING,
         )
-    try:
-        yield
-    finally:
-        ray.shutdown()
+
+
+def _check_gpus(num_gpus: int) -> None:
+    found = int(ray.cluster_resources().get("GPU", 0))
+    if found >= num_gpus:
+        return
+    if "RAY_ADDRESS" not in os.environ:
+        raise ValueError(
+            f"the run wants {num_gpus} GPUs (cluster.use_gpu with cluster.num_workers) and this "
+            f"machine has {found}; set cluster.use_gpu=false, or RAY_ADDRESS to a cluster's"
+        )
+    _log.warning("the cluster has %d GPUs, the run waits for %d", found, num_gpus)
 
 
 def result_of(reference: Any, *, timeout_seconds: float | None = None) -> Any:
-    """`ray.get`, whose own annotations do not know what an actor's method returns."""
-    return ray.get(reference, timeout=timeout_seconds)
+    """`ray.get` that raises what the actor's method raised, not Ray's wrapping of it."""
+    try:
+        return ray.get(reference, timeout=timeout_seconds)
+    except RayTaskError as error:
+        raise error.cause from error
+
+
+def last_line(error: BaseException) -> str:
+    """The last line of an error's text: Ray puts whole tracebacks above it."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__

@@ -13,24 +13,33 @@ from tools.pictures import backbone_samples
 COLUMNS = 12
 
 
+def check_backbone_run(config: RunConfig) -> DenoiserTask:
+    """The task of a run that trains a backbone.
+
+    Raises:
+        ValueError: the run trains something else.
+    """
+    if not isinstance(config.task, DenoiserTask):
+        raise ValueError(
+            f"run {config.name!r} is of kind {config.task.kind!r}; a backbone is trained by one "
+            f"of kind 'denoiser'"
+        )
+    return config.task
+
+
 def write_backbone(
     config: RunConfig, manifest: checkpoint.Manifest, out_url: str, *, command: str
 ) -> str:
-    """Write a finished denoiser run's averaged weights as a backbone; returns its SHA-256.
-
-    Raises:
-        ValueError: the run trained something else.
-    """
-    if not isinstance(config.task, DenoiserTask):
-        raise ValueError(f"run {config.name!r} is of kind {config.task.kind!r}, not 'denoiser'")
+    """Write a finished denoiser run's averaged weights as a backbone; returns its SHA-256."""
+    task = check_backbone_run(config)
     store = open_store(config)
     metrics = checkpoint.read_metrics(store, run_url(config), manifest)
     return save_backbone(
         store,
         out_url,
         state=load_denoiser_weights(store, run_url(config), manifest),
-        unet=config.task.unet,
-        schedule=config.task.schedule,
+        unet=task.unet,
+        schedule=task.schedule,
         image_size_px=config.data.image_size_px,
         provenance={
             "command": command,

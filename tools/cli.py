@@ -6,12 +6,14 @@ Exit codes: 0 done, 1 a run that failed, 2 usage or configuration refused, 130 i
 import json
 import logging
 import os
+import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from types import FrameType
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -64,9 +66,11 @@ def demo(
 
 @data_app.command()
 def make(
-    kind: Annotated[str, typer.Argument(help="avatars: DiceBear faces with exact labels.")],
+    kind: Annotated[
+        str, typer.Argument(metavar="KIND", help="avatars: DiceBear faces with exact labels.")
+    ],
     out: Annotated[str, typer.Option(help="Folder for the shards: s3://bucket/prefix or a path.")],
-    count: Annotated[int, typer.Option(help="Images.")],
+    count: Annotated[int, typer.Option(min=1, help="Images.")],
     style: Annotated[str, typer.Option(help="DiceBear style.")] = "voxel-art",
     size: Annotated[int, typer.Option(help="Side in pixels: 32, 64 or 128.")] = 32,
     split: Annotated[str, typer.Option(help="train, val or test: disjoint faces.")] = "train",
@@ -77,8 +81,8 @@ def make(
     pairs: Annotated[
         str | None, typer.Option(help="Rows 2i, 2i+1: the same face, this attribute changed.")
     ] = None,
-    rows_per_shard: Annotated[int, typer.Option(help="Images per tar.")] = 1000,
-    workers: Annotated[int, typer.Option(help="Processes.")] = os.cpu_count() or 1,
+    rows_per_shard: Annotated[int, typer.Option(min=1, help="Images per tar.")] = 1000,
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = os.cpu_count() or 1,
 ) -> None:
     """Render a built-in data set into WebDataset tars with their index.
 
@@ -129,9 +133,11 @@ def train(
     Example: diti train configs/runs/demo.yaml data.shards=data/avatars/train output=runs
     """
     with _clear_errors():
-        config, manifest = _launch(run_file, overrides, local_dir)
+        from configs.loading import load_run
         from pretrain.preflight import run_url
 
+        config = load_run(run_file, tuple(overrides or ()))
+        manifest = _launch(config, local_dir)
         typer.echo(f"{run_url(config)}: {manifest.images} images, {manifest.name} complete")
 
 
@@ -147,11 +153,16 @@ def backbone_train(
     Example: diti backbone train configs/runs/avatars32_backbone.yaml --out avatars32.safetensors
     """
     with _clear_errors():
+        from configs.loading import load_run
+        from data_pipelines.object_store import ObjectStore
+        from tools.backbone import check_backbone_run, write_backbone
+
         if not out.endswith(".safetensors"):
             raise ValueError(f"--out must end in .safetensors, got {out!r}")
-        from tools.backbone import write_backbone
-
-        config, manifest = _launch(run_file, overrides, local_dir)
+        config = load_run(run_file, tuple(overrides or ()))
+        check_backbone_run(config)
+        ObjectStore().check_access(out.rpartition("/")[0] or ".", write=True)
+        manifest = _launch(config, local_dir)
         command = " ".join(["diti", "backbone", "train", str(run_file), *(overrides or ())])
         digest = write_backbone(config, manifest, out, command=command)
         typer.echo(f"{out}: SHA-256 {digest}")
@@ -161,7 +172,7 @@ def backbone_train(
 def backbone_samples(
     weights: Annotated[str, typer.Argument(help="NAME.safetensors, or builtin/NAME.safetensors.")],
     out: Annotated[Path, typer.Option(help="PNG file to write.")],
-    count: Annotated[int, typer.Option(help="Images, in rows of 12.")] = 48,
+    count: Annotated[int, typer.Option(min=1, help="Images, in rows of 12.")] = 48,
 ) -> None:
     """Draw unconditional samples of a backbone, to see what it has learnt.
 
@@ -170,6 +181,7 @@ def backbone_samples(
     with _clear_errors():
         from tools.backbone import sample_sheet
 
+        _check_out_file(out)
         out.write_bytes(sample_sheet(weights, count))
         typer.echo(str(out))
 
@@ -180,9 +192,10 @@ def export(
     shards: Annotated[str, typer.Option(help="Shard set to encode.")],
     out: Annotated[str, typer.Option(help="Folder for the features.")],
     step: Annotated[
-        int | None, typer.Option(help="Checkpoint; 0 is the untrained encoder. Default: newest.")
+        int | None,
+        typer.Option(min=0, help="Checkpoint; 0 is the untrained encoder. Default: newest."),
     ] = None,
-    workers: Annotated[int, typer.Option(help="Ray actors, one core each.")] = 2,
+    workers: Annotated[int, typer.Option(min=1, help="Ray actors, one core each.")] = 2,
 ) -> None:
     """Encode every image of a shard set into Parquet, one column per time-step subset.
 
@@ -305,6 +318,7 @@ def report(
         from tools.evaluate_attributes import evaluate_attributes
         from tools.report import make_report
 
+        _check_out_file(out)
         store = ObjectStore()
         probes = evaluate_attributes(
             store, train_url=train_features, test_url=test_features, untrained=untrained
@@ -315,33 +329,36 @@ def report(
         typer.echo(f"report: {out.resolve()}")
 
 
-def _launch(run_file: Path, overrides: Iterable[str] | None, local_dir: Path) -> tuple[Any, Any]:
+def _launch(config: Any, local_dir: Path) -> Any:
     from cluster.launch import launch_training
-    from configs.loading import load_run
     from tools.progress import training_bar
 
-    config = load_run(run_file, tuple(overrides or ()))
     with training_bar("training", config.train.total_images) as show_progress:
-        manifest = launch_training(
+        return launch_training(
             config, local_dir=local_dir.resolve() / config.name, on_progress=show_progress
         )
-    return config, manifest
 
 
 @contextmanager
 def _clear_errors() -> Iterator[None]:
     """Turn what can go wrong into one line on standard error and an exit code."""
+    from concurrent.futures import BrokenExecutor
+
     from cluster.export import ExportFailedError
     from cluster.launch import RunFailedError
+    from cluster.session import ClusterError
+    from data_pipelines.local_s3 import LocalS3Error
 
+    refusals = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)
+    failures = (RunFailedError, ExportFailedError, ClusterError, LocalS3Error, BrokenExecutor)
     try:
         yield
-    except (RunFailedError, ExportFailedError) as error:
-        typer.echo(f"diti: {error}", err=True)
-        raise typer.Exit(1) from error
-    except (ValueError, OSError) as error:
+    except refusals as error:
         typer.echo(f"diti: {error}", err=True)
         raise typer.Exit(2) from error
+    except (*failures, OSError) as error:
+        typer.echo(f"diti: {error}", err=True)
+        raise typer.Exit(1) from error
     except KeyboardInterrupt:
         typer.echo("diti: interrupted; run the same command again to go on", err=True)
         raise typer.Exit(130) from None
@@ -372,12 +389,25 @@ def _print_losses(losses: Any) -> None:
     Console().print(table)
 
 
+def _check_out_file(out: Path) -> None:
+    if not out.parent.is_dir() or out.is_dir():
+        raise ValueError(
+            f"--out {out} cannot be written: it needs a file name in a folder that exists"
+        )
+
+
 def _average(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
+def _terminated(signum: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
 def main() -> None:
     """Entry point of the `diti` command."""
+    # `kill` unwinds like Ctrl-C does, so that servers and workers end with us.
+    signal.signal(signal.SIGTERM, _terminated)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     sys.exit(app())
 

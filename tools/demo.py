@@ -13,6 +13,7 @@ from configs.schema import RunConfig
 from data_pipelines.avatars import AvatarSpec, Split
 from data_pipelines.local_s3 import local_s3
 from data_pipelines.object_store import ObjectStore, join
+from data_pipelines.shard_index import INDEX_NAME
 from pretrain.preflight import open_store, run_url
 from tools.attribute_probe import ProbeResult
 from tools.denoising import FourLosses
@@ -78,7 +79,7 @@ def _train_and_evaluate(store: ObjectStore, config: RunConfig, folder: Path) -> 
 def _make_data(store: ObjectStore) -> None:
     for split, count in COUNTS.items():
         url = join(AVATARS_URL, split)
-        if store.exists(join(url, "index.parquet")):
+        if store.exists(join(url, INDEX_NAME)):
             continue
         with image_bar(f"avatars {split}", count) as advance:
             make_avatars(

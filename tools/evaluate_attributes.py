@@ -1,10 +1,9 @@
 """`diti eval attributes`: what can be read from features, beside what needs no training."""
 
-from data_pipelines.feature_store import Features, read_features, read_manifest
+from data_pipelines.feature_store import FeatureManifest, Features, read_features, read_manifest
 from data_pipelines.object_store import ObjectStore
-from data_pipelines.shard_index import read_index
 from tools.attribute_probe import ProbeResult, probe, probe_features
-from tools.labels import Labels, labels_of, read_pixels, read_samples
+from tools.labels import Labels, labels_of, read_pixels, read_source
 
 
 def evaluate_attributes(
@@ -24,28 +23,25 @@ def evaluate_attributes(
         pixels: also probe the raw pixels of the same images.
 
     Raises:
-        ValueError: both features come from the same shards, or labels are missing.
+        ValueError: both halves come from the same shards, or from different encoders; the shards
+            changed after the export; or labels are missing or differ.
     """
-    manifests = [read_manifest(store, url) for url in (train_url, test_url)]
-    sources = [manifest.source_url for manifest in manifests]
-    if manifests[0].encoder_sha256 != manifests[1].encoder_sha256:
-        raise ValueError(
-            f"{train_url} ({manifests[0].checkpoint}) and {test_url} ({manifests[1].checkpoint}) "
-            f"were made by different encoders; export both from one checkpoint"
-        )
-    if manifests[0].index_digest == manifests[1].index_digest:
-        raise ValueError(
-            f"both feature sets come from {sources[0]}; a probe must be tested on images that it "
-            f"has not seen: export a second split"
-        )
-    samples = [read_samples(store, read_index(store, source)) for source in sources]
+    manifests = _read_halves(store, (train_url, test_url))
+    untrained_manifests = _read_halves(store, untrained) if untrained else manifests
+    for trained, other in zip(manifests, untrained_manifests, strict=True):
+        if trained.index_digest != other.index_digest:
+            raise ValueError(
+                f"the untrained encoder's features come from other shards ({other.source_url}) "
+                f"than the trained one's ({trained.source_url}); export the same splits"
+            )
+    samples = [read_source(store, manifest) for manifest in manifests]
     labels = [labels_of(half) for half in samples]
     train, test = (read_features(store, url) for url in (train_url, test_url))
     attributes = labels[0].names
     if attributes != labels[1].names:
         raise ValueError(
-            f"{sources[0]} and {sources[1]} are labelled with different attributes: "
-            f"{sorted(set(attributes) ^ set(labels[1].names))}"
+            f"{train_url} and {test_url} come from shards that are labelled with different "
+            f"attributes: {sorted(set(attributes) ^ set(labels[1].names))}"
         )
     results = probe_features(
         train, labels[0].of(train.keys), test, labels[1].of(test.keys), attributes
@@ -67,6 +63,22 @@ def evaluate_attributes(
             )
         )
     return results
+
+
+def _read_halves(store: ObjectStore, urls: tuple[str, str]) -> list[FeatureManifest]:
+    """Manifests of the features to learn on and of those to score on."""
+    train, test = manifests = [read_manifest(store, url) for url in urls]
+    if train.encoder_sha256 != test.encoder_sha256:
+        raise ValueError(
+            f"{urls[0]} ({train.checkpoint}) and {urls[1]} ({test.checkpoint}) were made by "
+            f"different encoders; export both from one checkpoint"
+        )
+    if train.index_digest == test.index_digest:
+        raise ValueError(
+            f"{urls[0]} and {urls[1]} both come from {train.source_url}; a probe must be tested "
+            f"on images that it has not seen: export a second split"
+        )
+    return manifests
 
 
 def _probe_whole(name: str, halves: list[Features], labels: list[Labels]) -> ProbeResult:

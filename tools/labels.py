@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipelines.object_store import ObjectStore, join
-from data_pipelines.sample_stream import Sample, decode_sample, member_sample
-from data_pipelines.shard_index import ShardIndex, read_index, read_members
+from data_pipelines.feature_store import FeatureManifest
+from data_pipelines.object_store import ObjectStore
+from data_pipelines.sample_stream import Sample, decode_sample, read_shard
+from data_pipelines.shard_index import ShardIndex, read_index
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,25 +39,30 @@ class Labels:
 
 def read_samples(store: ObjectStore, index: ShardIndex) -> list[Sample]:
     """Every raw sample of a shard set, in order; for sets that fit in memory."""
-    samples = []
-    for shard in index.shards:
-        url = join(index.url, shard.name)
-        table, tar = read_members(store, index, shard), store.read(url)
-        samples += [member_sample(table, row, url, tar, 0) for row in range(shard.num_samples)]
-    return samples
+    return [sample for shard in index.shards for sample in read_shard(store, index, shard)]
 
 
-def read_labels(store: ObjectStore, shards_url: str) -> Labels:
-    """Labels of every sample at `shards_url`.
+def read_source(store: ObjectStore, manifest: FeatureManifest) -> list[Sample]:
+    """The raw samples that a feature set was exported from.
+
+    Raises:
+        ValueError: other shards are there now.
+    """
+    index = read_index(store, manifest.source_url)
+    if index.digest != manifest.index_digest:
+        raise ValueError(
+            f"the shards at {manifest.source_url} are not those that the features were exported "
+            f"from (index {index.digest[:12]}, was {manifest.index_digest[:12]}); export them again"
+        )
+    return read_samples(store, index)
+
+
+def labels_of(samples: list[Sample]) -> Labels:
+    """Labels of raw samples.
 
     Raises:
         ValueError: a sample has no json, no `attributes` of 0 and 1 in it, or others than the rest.
     """
-    return labels_of(read_samples(store, read_index(store, shards_url)))
-
-
-def labels_of(samples: list[Sample]) -> Labels:
-    """Labels of raw samples; see `read_labels`."""
     names = tuple(sorted(_attributes(samples[0])))
     rows = []
     for sample in samples:

@@ -1,13 +1,14 @@
 """`diti data make avatars`: render the built-in data set into shards, in parallel."""
 
 import math
+import signal
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 
 from data_pipelines.avatars import AvatarSpec, draw_avatar
-from data_pipelines.object_store import ObjectStore
-from data_pipelines.shard_index import Shard, ShardIndex, write_index
+from data_pipelines.object_store import AlreadyExistsError, ObjectStore, join
+from data_pipelines.shard_index import INDEX_NAME, Shard, ShardIndex, write_index
 from data_pipelines.shard_writer import write_shard
 
 
@@ -27,16 +28,23 @@ def make_avatars(
 
     Raises:
         ValueError: count or rows_per_shard is not positive, or the spec is refused.
+        AlreadyExistsError: there is a shard set at `url`; sets are not overwritten.
     """
     if count < 1 or rows_per_shard < 1:
         raise ValueError(
             f"count and rows per shard must be at least 1, got {count} and {rows_per_shard}"
         )
     draw_avatar(spec, 0)  # a spec that cannot be drawn is refused here, not in every worker
+    if store.exists(join(url, INDEX_NAME)):
+        raise AlreadyExistsError(
+            f"{url} holds a shard set already; delete that folder, or choose another one"
+        )
     num_shards = math.ceil(count / rows_per_shard)
     shards: dict[int, Shard] = {}
     # Fresh processes: the store's client must not be forked.
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), initializer=_leave_interrupts_to_the_parent
+    ) as pool:
         tasks = {
             pool.submit(
                 _write_avatar_shard,
@@ -53,9 +61,13 @@ def make_avatars(
                 shards[tasks[task]] = task.result()
                 on_shard(task.result().num_samples)
         except BaseException:  # Ctrl-C too: what has not begun is not begun any more
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
             raise
     return write_index(store, url, [shards[number] for number in range(num_shards)])
+
+
+def _leave_interrupts_to_the_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _write_avatar_shard(

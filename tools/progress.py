@@ -46,7 +46,7 @@ def _plain_lines(label: str, total: float) -> Update:
             return
         last = now
         left = f", {(now - start) * (total - done) / done:.0f} s left" if 0 < done < total else ""
-        console.print(f"{label}: {done / total:.0%} {text}{left}", highlight=False)
+        console.print(f"{label}: {done / total:.0%} {text}{left}", highlight=False, soft_wrap=True)
 
     return update
 

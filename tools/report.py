@@ -9,13 +9,12 @@ from configs.loading import dump_run
 from data_pipelines.avatars import attribute_granularity
 from data_pipelines.feature_store import read_manifest
 from data_pipelines.object_store import ObjectStore
-from data_pipelines.shard_index import read_index
 from pretrain.checkpoint import read_metrics
-from pretrain.trained import load_diti
+from pretrain.trained import digest_of, load_diti
 from tools import figures
 from tools.attribute_probe import ProbeResult
 from tools.denoising import FourLosses, four_losses, timestep_losses, to_unit
-from tools.labels import read_pixels, read_samples
+from tools.labels import read_pixels, read_source
 from tools.pictures import interpolations, reconstructions, to_pixels
 
 NUM_LOSS_IMAGES = 1024
@@ -38,9 +37,24 @@ def make_report(
         test_url: features of images that nothing was trained on; their shards are read for the
             losses and pictures.
         probes: from `tools.evaluate_attributes`, the whole feature first.
+
+    Raises:
+        ValueError: the features are not of the run's newest checkpoint, or of too few images.
     """
     model, config, manifest = load_diti(store, run_url)
-    samples = read_samples(store, read_index(store, read_manifest(store, test_url).source_url))
+    features = read_manifest(store, test_url)
+    if features.encoder_sha256 != digest_of(model.encoder):
+        raise ValueError(
+            f"the features at {test_url} were not made by {manifest.name} of {run_url} but by "
+            f"another encoder ({features.checkpoint} of run {features.config.get('name')!r}); "
+            f"export them from the run's newest checkpoint"
+        )
+    samples = read_source(store, features)
+    if len(samples) < 2 * NUM_PAIRS:
+        raise ValueError(
+            f"a report needs at least {2 * NUM_PAIRS} images, {test_url} has "
+            f"{len(samples)}; export a larger split"
+        )
     images = to_unit(read_pixels(samples, config.data.image_size_px))
     losses = four_losses(model, images[:NUM_LOSS_IMAGES])
     faces_a = images[:NUM_PAIRS]

@@ -151,6 +151,23 @@ def test_features_are_exported_probed_reported_and_read_with_pyarrow_alone(
     assert page.count("data:image/png;base64,") == 5
     assert losses.diti < losses.backbone
 
+    before = export_features(
+        runs.store,
+        run_url=run_url(runs.undisturbed),
+        step=0,
+        shards_url=join(runs.url, "test"),
+        out_url=join(runs.url, "features", "before"),
+        num_workers=2,
+    )
+    assert before.encoder_sha256 != manifest.encoder_sha256
+    with pytest.raises(ValueError, match="another encoder"):
+        make_report(
+            runs.store,
+            run_url=run_url(runs.undisturbed),
+            test_url=join(runs.url, "features", "before"),
+            probes=probes,
+        )
+
     script = Path(__file__).with_name("read_with_pyarrow.py")
     answer = subprocess.run(
         [sys.executable, script, s3.endpoint_url, features["test"].removeprefix("s3://")],

@@ -1,4 +1,4 @@
-"""Ctrl-C in mid-run: every process ends, and the same command goes on from the last checkpoint."""
+"""Ctrl-C and `kill` in mid-work: every process ends, and the same command goes on from there."""
 
 import os
 import signal
@@ -11,19 +11,19 @@ import psutil
 import pytest
 
 from configs.loading import dump_run
-from data_pipelines.local_s3 import LocalS3
 from data_pipelines.object_store import ObjectStore
 from pretrain import checkpoint
-from pretrain.preflight import run_url
 from tests.tiny_run import make_run
 
 pytestmark = pytest.mark.timeout(600)
+STORE = ObjectStore()
 
 
-def start(run_file: Path, local: Path, *overrides: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tools", "train", str(run_file), *overrides]
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """`diti` in a session of its own, as from a terminal that stands in `folder`."""
     return subprocess.Popen(
-        [*command, "--local-dir", str(local)],
+        [sys.executable, "-m", "tools", *arguments],
+        cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -32,33 +32,59 @@ def start(run_file: Path, local: Path, *overrides: str) -> subprocess.Popen[str]
     )
 
 
-def test_an_interrupted_run_leaves_no_process_and_resumes(
-    s3: LocalS3, store: ObjectStore, s3_url: str, tmp_path: Path
-) -> None:
-    run = make_run(store, s3_url, "train.total_images=64000", "cluster.num_workers=1")
-    run_file = tmp_path / "run.yaml"
-    run_file.write_text(dump_run(run))
-
-    process = start(run_file, tmp_path / "local")
-    deadline = time.monotonic() + 240
-    while len(checkpoint.complete_steps(store, run_url(run))) < 3:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "no checkpoint in time"
-        time.sleep(0.5)
+def interrupt(process: subprocess.Popen[str], number: signal.Signals) -> str:
+    """Send a signal; nothing of the process's family may be left. Returns its error output."""
     family = psutil.Process(process.pid).children(recursive=True)
-    os.killpg(process.pid, signal.SIGINT)
+    assert family, "it has started nothing yet: the test proves nothing"
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does
+    else:
+        os.kill(process.pid, number)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
     assert "run the same command again" in errors
+    assert "Traceback" not in errors
     _, alive = psutil.wait_procs(family, timeout=20)
     assert not alive, [p.cmdline() for p in alive if p.is_running()]
+    return errors
 
-    steps = checkpoint.complete_steps(store, run_url(run))
+
+def wait_until(condition, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 240
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "not in time"
+        time.sleep(0.5)
+
+
+def test_an_interrupted_run_on_relative_paths_leaves_no_process_and_resumes(tmp_path) -> None:
+    run = make_run(STORE, str(tmp_path), "train.total_images=64000", "cluster.num_workers=1")
+    (tmp_path / "run.yaml").write_text(dump_run(run))
+    command = (
+        *("train", "run.yaml", "output=runs", "data.shards=train"),
+        "task.backbone.weights=backbone.safetensors",
+    )
+    folder = str(tmp_path / "runs" / "tiny")
+
+    process = start(tmp_path, *command)
+    wait_until(lambda: len(checkpoint.complete_steps(STORE, folder)) >= 3, process)
+    interrupt(process, signal.SIGINT)
+
+    steps = checkpoint.complete_steps(STORE, folder)
     total = (steps[-1] + 2) * run.train.global_batch
-    again = start(run_file, tmp_path / "local", f"train.total_images={total}")
+    again = start(tmp_path, *command, f"train.total_images={total}")
     output, errors = again.communicate(timeout=300)
     assert again.returncode == 0, errors
     assert f"{total} images" in output
-    manifest = checkpoint.find(store, run_url(run), None)
-    positions = [p for p, _ in checkpoint.read_samples(store, run_url(run), manifest)]
+    manifest = checkpoint.find(STORE, folder, None)
+    positions = [p for p, _ in checkpoint.read_samples(STORE, folder, manifest)]
     assert positions == list(range(total))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_rendering_leaves_no_process_and_no_set(tmp_path, number) -> None:
+    command = ("data", "make", "avatars", "--count", "100000", "--rows-per-shard", "100")
+    process = start(tmp_path, *command, "--out", "out", "--workers", "2")
+    wait_until(lambda: any((tmp_path / "out").glob("*.tar")), process)
+    interrupt(process, number)
+    assert not (tmp_path / "out" / "index.parquet").exists()

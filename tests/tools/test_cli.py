@@ -99,6 +99,53 @@ def test_a_batch_that_cannot_be_split_lists_the_legal_world_sizes(tmp_path, run)
     refused(train(tmp_path, run, "cluster.num_workers=3"), "[1, 2, 4, 8, 16, 32]")
 
 
+def test_credentials_in_a_url_are_refused_and_not_shown(tmp_path, run) -> None:
+    for override in (
+        "output=s3://me:planted-secret@b/runs",
+        "store.endpoint_url='http://u:planted-secret@h'",
+    ):
+        result = train(tmp_path, run, override)
+        assert result.exit_code == 2
+        assert "holds credentials" in result.stderr
+        assert "planted-secret" not in result.output
+    result = diti("features", "show", "s3://me:planted-secret@bucket/features")
+    refused(result, "must not hold credentials", "bucket/features")
+    assert "planted-secret" not in result.output
+
+
+def test_gpus_that_this_machine_lacks_are_refused(tmp_path, run) -> None:
+    refused(train(tmp_path, run, "cluster.use_gpu=true"), "GPUs", "cluster.use_gpu=false")
+
+
+def test_a_backbone_is_not_trained_by_a_run_of_another_kind_or_into_nowhere(tmp_path, run) -> None:
+    run_file = tmp_path / "run.yaml"
+    run_file.write_text(dump_run(run))
+    command = ("backbone", "train", str(run_file), "--out")
+    refused(diti(*command, str(tmp_path / "b.safetensors")), "'diti'", "'denoiser'")
+    refused(diti(*command, str(tmp_path / "b.pt")), ".safetensors")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("data", "make", "avatars", "--out", "o", "--count", "0"),
+        ("data", "make", "avatars", "--out", "o", "--count", "9", "--workers", "0"),
+        ("backbone", "samples", "builtin/avatars32.safetensors", "--out", "o", "--count", "0"),
+        ("export", "r", "--shards", "s", "--out", "o", "--workers", "0"),
+        ("export", "r", "--shards", "s", "--out", "o", "--step", "-1"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(command: tuple[str, ...]) -> None:
+    result = diti(*command)
+    assert result.exit_code == 2
+    assert "greater than or equal to" in result.stderr
+
+
+def test_pictures_are_not_computed_for_a_file_that_cannot_be_written(tmp_path) -> None:
+    out = str(tmp_path / "no" / "samples.png")
+    refused(diti("backbone", "samples", "builtin/avatars32.safetensors", "--out", out), out)
+
+
 def test_exporting_a_run_without_checkpoints_is_refused(run, s3_url: str) -> None:
     result = diti("export", join(s3_url, "runs", "none"), "--shards", "x", "--out", "y")
     refused(result, "no complete checkpoint")
@@ -136,5 +183,5 @@ def test_making_a_data_set_says_what_it_made(tmp_path) -> None:
     result = diti("data", "make", "avatars", *arguments)
     assert result.exit_code == 0, result.output
     assert "30 images in 2 shards" in result.output
-    refused(diti("data", "make", "avatars", "--count", "0", "--out", out), "count")
+    refused(diti("data", "make", "avatars", *arguments), "holds a shard set already")
     refused(diti("data", "make", "horses", "--count", "9", "--out", out), "horses")

@@ -13,9 +13,15 @@ from data_pipelines.object_store import ObjectStore
 from data_pipelines.shard_index import read_index, write_index
 from data_pipelines.shard_writer import write_shard
 from tests.tiny_run import make_shards
-from tools.labels import labels_of, read_labels, read_pixels, read_samples
+from tools.labels import Labels, labels_of, read_pixels, read_samples
 
 STORE = ObjectStore()
+
+
+def read_labels(store: ObjectStore, url: str) -> Labels:
+    return labels_of(read_samples(store, read_index(store, url)))
+
+
 SPEC = AvatarSpec(split="val")
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from data_pipelines.avatars import AvatarSpec, draw_avatar
-from data_pipelines.object_store import ObjectStore
+from data_pipelines.object_store import AlreadyExistsError, ObjectStore
 from data_pipelines.shard_index import ShardIndex, read_index, verify_listing
 from tools.labels import read_samples
 from tools.make_data import make_avatars
@@ -53,6 +53,13 @@ def test_the_number_of_processes_changes_nothing(made: ShardIndex, tmp_path: Pat
     assert alone.digest == made.digest
     assert alone.shards == made.shards
     assert sorted(reported) == [1, 3, 3]
+
+
+def test_a_set_that_is_there_is_not_overwritten(made: ShardIndex):
+    before = STORE.read(f"{made.url}/00000.tar")
+    with pytest.raises(AlreadyExistsError, match="holds a shard set already"):
+        make(Path(made.url), workers=1, count=2)
+    assert STORE.read(f"{made.url}/00000.tar") == before
 
 
 @pytest.mark.parametrize(("count", "rows_per_shard"), [(0, 3), (7, 0), (-1, 3)])

@@ -1,0 +1,112 @@
+"""A probe's two halves must belong together; whatever does not is refused by name."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_pipelines.feature_part import FeatureColumn, PartInfo, encode_part
+from data_pipelines.feature_store import FeatureManifest, part_name, publish_manifest
+from data_pipelines.object_store import ObjectStore
+from data_pipelines.shard_index import read_index
+from tests.tiny_run import make_shards
+from tools.evaluate_attributes import evaluate_attributes
+from tools.labels import labels_of, read_samples
+
+STORE = ObjectStore()
+COLUMNS = (FeatureColumn("z000", (0, 100), (0, 4)), FeatureColumn("z001", (100, 1000), (4, 8)))
+
+
+def export_labels(shards: str, url: str, *, encoder: str = "a" * 64) -> str:
+    """Features whose first dimension is one of the labels, and noise besides."""
+    index = read_index(STORE, shards)
+    samples = read_samples(STORE, index)
+    labels = labels_of(samples)
+    features = np.random.default_rng(0).standard_normal((len(samples), 8), np.float32)
+    features[:, 0] = labels.values[:, labels.names.index("glasses")]
+    [shard] = index.shards
+    part = encode_part(
+        COLUMNS,
+        keys=[sample["__key__"] for sample in samples],
+        shard=shard.name,
+        rows=range(len(samples)),
+        features=features,
+    )
+    name = part_name("shards", "00000")
+    STORE.write(f"{url}/{name}", part)
+    publish_manifest(
+        STORE,
+        url,
+        FeatureManifest(
+            columns=COLUMNS,
+            dtype="float16",
+            encoder_sha256=encoder,
+            checkpoint="step-00000001",
+            backbone_sha256="b" * 64,
+            config={"data": {"image_size_px": 32}},
+            source_url=shards,
+            index_digest=index.digest,
+            rows=len(samples),
+            parts={name: PartInfo(len(samples), len(part), hashlib.sha256(part).hexdigest())},
+            mean=[0.0] * 8,
+            std=[1.0] * 8,
+        ),
+    )
+    return url
+
+
+Export = Callable[..., str]
+
+
+@pytest.fixture
+def export(tmp_path: Path) -> Export:
+    def make(split: str, name: str = "features", encoder: str = "a" * 64) -> str:
+        shards = tmp_path / split
+        if not shards.exists():
+            make_shards(STORE, str(shards), split=split, shards=1, rows=60)
+        return export_labels(str(shards), str(tmp_path / f"{name}-{split}"), encoder=encoder)
+
+    return make
+
+
+def evaluate(train: str, test: str, **options) -> dict[str, dict[str, float]]:
+    results = evaluate_attributes(STORE, train_url=train, test_url=test, **options)
+    return {
+        r.name: dict(zip(r.attributes, r.average_precision, strict=True)) | {"dims": r.dims}
+        for r in results
+    }
+
+
+def test_what_a_subset_holds_is_found_there_and_nowhere_else(export: Export) -> None:
+    untrained = (export("val", "before", "c" * 64), export("test", "before", "c" * 64))
+    found = evaluate(export("val"), export("test"), untrained=untrained)
+    assert [found[name]["dims"] for name in found] == [8, 4, 4, 8, 3072]
+    whole, first, second, _, pixels = found.values()
+    assert whole["glasses"] == first["glasses"] == pytest.approx(1)
+    assert second["glasses"] < 0.9
+    assert pixels["glasses"] > second["glasses"]
+
+
+def test_halves_of_different_encoders_are_refused(export: Export) -> None:
+    with pytest.raises(ValueError, match="different encoders"):
+        evaluate(export("val"), export("test", encoder="d" * 64))
+
+
+def test_halves_of_the_same_images_are_refused(export: Export) -> None:
+    with pytest.raises(ValueError, match="has not seen"):
+        evaluate(export("val"), export("val", "again"))
+
+
+def test_an_untrained_encoder_on_other_images_is_refused(export: Export) -> None:
+    untrained = (export("train", "before", "c" * 64), export("test", "before", "c" * 64))
+    with pytest.raises(ValueError, match="export the same splits"):
+        evaluate(export("val"), export("test"), untrained=untrained)
+
+
+def test_shards_that_changed_after_the_export_are_refused(export: Export, tmp_path: Path) -> None:
+    train, test = export("val"), export("test")
+    make_shards(STORE, str(tmp_path / "test"), split="test", shards=1, rows=61)
+    with pytest.raises(ValueError, match="are not those that the features were exported from"):
+        evaluate(train, test)
