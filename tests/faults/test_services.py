@@ -1,0 +1,140 @@
+"""The services around the workers die in mid-work: the storage, the coordinator, an exporter."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+
+from cluster.coordinator import NAMESPACE
+from cluster.export import export_features
+from cluster.launch import RunFailedError, launch_training
+from cluster.session import ray_session
+from configs.schema import RunConfig
+from data_pipelines.local_s3 import LocalS3, local_s3
+from data_pipelines.object_store import ObjectStore, join
+from pretrain import checkpoint
+from pretrain.preflight import run_url
+from pretrain.train import Progress
+from tests.tiny_run import make_run, make_shards
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalS3]:
+    """A server of this test's own, which it may kill."""
+    with local_s3(tmp_path / "s3") as server:
+        for name, value in server.environment().items():
+            monkeypatch.setenv(name, value)
+        yield server
+
+
+class Once:
+    """Calls `harm` at the first progress report past the first checkpoint after the start."""
+
+    def __init__(self, harm) -> None:
+        self.harm = harm
+        self.done = False
+
+    def __call__(self, ranks: Mapping[int, Progress]) -> None:
+        if not self.done and min(rank.checkpoint_step for rank in ranks.values()) >= 2:
+            self.done = True
+            self.harm()
+
+
+def trained_on(store: ObjectStore, run: RunConfig) -> list[int]:
+    manifest = checkpoint.find(store, run_url(run), None)
+    return [position for position, _ in checkpoint.read_samples(store, run_url(run), manifest)]
+
+
+def test_a_server_that_comes_back_costs_nothing(server: LocalS3, tmp_path: Path) -> None:
+    store = ObjectStore()
+    run = make_run(store, "s3://diti/x", "train.total_images=1280")
+
+    def out_for_five_seconds() -> None:
+        server.stop()
+        threading.Timer(5, server.restart).start()
+
+    harm = Once(out_for_five_seconds)
+    with ray_session(num_cpus=2):
+        launch_training(run, local_dir=tmp_path / "local", on_progress=harm)
+    assert harm.done
+    assert trained_on(store, run) == list(range(1280))
+
+
+def test_a_server_that_stays_away_fails_the_run_and_the_same_command_goes_on(
+    server: LocalS3, tmp_path: Path
+) -> None:
+    store = ObjectStore()
+    run = make_run(
+        store,
+        "s3://diti/x",
+        "train.total_images=1280",
+        "cluster.max_failures=0",
+        "store.deadline_seconds=4",
+        "store.request_timeout_seconds=2",
+    )
+    harm = Once(server.stop)
+    with ray_session(num_cpus=2):
+        with pytest.raises(RunFailedError, match="did not serve") as failed:
+            launch_training(run, local_dir=tmp_path / "local", on_progress=harm)
+        assert len(str(failed.value).splitlines()) == 1
+        server.restart()
+        launch_training(run, local_dir=tmp_path / "local")
+    assert trained_on(store, run) == list(range(1280))
+
+
+def test_a_dead_coordinator_is_rebuilt(server: LocalS3, tmp_path: Path) -> None:
+    store = ObjectStore()
+    run = make_run(store, "s3://diti/x", "train.total_images=1280")
+
+    def kill_coordinator() -> None:
+        [name] = [
+            a["name"]
+            for a in ray.util.list_named_actors(all_namespaces=True)
+            if a["namespace"] == NAMESPACE
+        ]
+        ray.kill(ray.get_actor(name, namespace=NAMESPACE), no_restart=False)
+
+    harm = Once(kill_coordinator)
+    with ray_session(num_cpus=2):
+        launch_training(run, local_dir=tmp_path / "local", on_progress=harm)
+    assert harm.done
+    assert trained_on(store, run) == list(range(1280))
+
+
+def test_a_killed_exporter_is_replaced(server: LocalS3, tmp_path: Path) -> None:
+    store = ObjectStore()
+    run = make_run(store, "s3://diti/x", "train.total_images=32", "cluster.num_workers=1")
+    shards = "s3://diti/x/many"
+    make_shards(store, shards, split="test", shards=40, rows=16)
+    killed: list[int] = []
+
+    def kill_one(state) -> None:
+        exporters = [
+            process
+            for process in psutil.Process().children(recursive=True)
+            if any("ExportWorker.work" in word for word in process.cmdline())
+        ]
+        if not killed and exporters and state.done >= 1:
+            killed.append(exporters[0].pid)
+            os.kill(exporters[0].pid, signal.SIGKILL)
+
+    with ray_session(num_cpus=2):
+        launch_training(run, local_dir=tmp_path / "local")
+        manifest = export_features(
+            store,
+            run_url=run_url(run),
+            step=None,
+            shards_url=shards,
+            out_url=join("s3://diti/x", "features"),
+            num_workers=2,
+            on_progress=kill_one,
+        )
+    assert killed
+    assert manifest.rows == 640
