@@ -2,6 +2,8 @@
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -41,6 +43,7 @@ def ray_session(num_cpus: int, num_gpus: int = 0) -> Iterator[None]:
 
 
 def _start(num_cpus: int) -> None:
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # A local session has a token of its own, and Ray warns about it at every start.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel("ERROR")
@@ -53,6 +56,9 @@ def _start(num_cpus: int) -> None:
             log_to_driver=False,
             logging_level=logging.WARNING,
         )
+    # Ray installs handlers that abort or exit at once; ours unwind, and so end what was started.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)
 
 
 def _check_gpus(num_gpus: int) -> None:

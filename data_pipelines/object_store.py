@@ -226,7 +226,8 @@ class ObjectStore:
         """Preflight of a folder or prefix: it can be listed and, with `write`, written below.
 
         `write` stores and removes a small probe. Raises BucketMissingError (ObjectMissingError for
-        a local folder), AccessRefusedError or StoreUnavailableError.
+        a local folder), AccessRefusedError (also where the folder cannot be made) or
+        StoreUnavailableError.
         """
         if (path := _local_path(url)) is None:
             self._list_page(url, MaxKeys=1)
@@ -235,7 +236,15 @@ class ObjectStore:
                 os.scandir(path).close()
         if write:
             probe = join(url, f".diti-probe-{uuid.uuid4().hex}")
-            self.write(probe, b"probe")
+            try:
+                self.write(probe, b"probe")
+            except StoreError as error:
+                if path is None:
+                    raise
+                raise AccessRefusedError(
+                    f"{url} cannot be written below ({error.__cause__ or error}); give a folder "
+                    f"that this user may write to"
+                ) from error
             self.delete(probe)
 
     def open_for_reading(self, url: str) -> BinaryIO:

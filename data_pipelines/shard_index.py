@@ -216,7 +216,9 @@ def read_index(store: ObjectStore, url: str) -> ShardIndex:
         rows = pq.read_table(io.BytesIO(data)).to_pylist()
         shards = tuple(Shard(**row) for row in rows)
     except (pa.ArrowException, TypeError) as error:
-        raise ShardMismatchError(f"shard index {where} cannot be read: {error}") from error
+        raise ShardMismatchError(
+            f"shard index {where} cannot be read ({error}); restore it, or make the set again"
+        ) from error
     if not shards:
         raise ShardMismatchError(f"shard index {where} lists no shard; make the set again")
     return ShardIndex(url, shards)
@@ -267,7 +269,7 @@ def verify_listing(store: ObjectStore, index: ShardIndex) -> None:
         more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise ShardMismatchError(
             f"shards at {index.url} do not match their index: {'; '.join(problems[:10])}{more}. "
-            f"Restore them, or index the set again."
+            f"Restore them, or make the set again."
         )
 
 

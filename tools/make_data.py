@@ -35,6 +35,8 @@ def make_avatars(
             f"count and rows per shard must be at least 1, got {count} and {rows_per_shard}"
         )
     draw_avatar(spec, 0)  # a spec that cannot be drawn is refused here, not in every worker
+    if spec.pairs is not None and count % 2:
+        raise ValueError(f"pairs need an even count, got {count}; the last row would have none")
     if store.exists(join(url, INDEX_NAME)):
         raise AlreadyExistsError(
             f"{url} holds a shard set already; delete that folder, or choose another one"

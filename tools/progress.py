@@ -35,16 +35,16 @@ def progress_bar(label: str, total: float) -> Iterator[Update]:
 
 def _plain_lines(label: str, total: float) -> Update:
     start = time.monotonic()
-    last = start - PLAIN_LINE_SECONDS
+    last, shown = start - PLAIN_LINE_SECONDS, 0.0
 
     def update(done: float, text: str) -> None:
-        nonlocal last
+        nonlocal last, shown
         now = time.monotonic()
-        if not done:
-            return  # nothing has happened yet, and something may still be refused
+        if done == shown:
+            return  # nothing has happened, and before the start something may still be refused
         if now - last < PLAIN_LINE_SECONDS and done < total:
             return
-        last = now
+        last, shown = now, done
         left = f", {(now - start) * (total - done) / done:.0f} s left" if 0 < done < total else ""
         console.print(f"{label}: {done / total:.0%} {text}{left}", highlight=False, soft_wrap=True)
 

@@ -57,7 +57,7 @@ def wait_until(condition, process: subprocess.Popen[str]) -> None:
         time.sleep(0.5)
 
 
-def test_an_interrupted_run_on_relative_paths_leaves_no_process_and_resumes(tmp_path) -> None:
+def test_a_run_interrupted_twice_on_relative_paths_leaves_no_process_and_resumes(tmp_path) -> None:
     run = make_run(STORE, str(tmp_path), "train.total_images=64000", "cluster.num_workers=1")
     (tmp_path / "run.yaml").write_text(dump_run(run))
     command = (
@@ -69,6 +69,11 @@ def test_an_interrupted_run_on_relative_paths_leaves_no_process_and_resumes(tmp_
     process = start(tmp_path, *command)
     wait_until(lambda: len(checkpoint.complete_steps(STORE, folder)) >= 3, process)
     interrupt(process, signal.SIGINT)
+
+    process = start(tmp_path, *command)
+    before = len(checkpoint.complete_steps(STORE, folder))
+    wait_until(lambda: len(checkpoint.complete_steps(STORE, folder)) > before, process)
+    interrupt(process, signal.SIGTERM)
 
     steps = checkpoint.complete_steps(STORE, folder)
     total = (steps[-1] + 2) * run.train.global_batch
