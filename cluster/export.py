@@ -13,6 +13,8 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,12 +31,16 @@ from data_pipelines.feature_store import FeatureManifest, part_name, publish_man
 from data_pipelines.object_store import AlreadyExistsError, ObjectStore, StoreError, absolute, join
 from data_pipelines.sample_stream import decode_sample, read_shard
 from data_pipelines.shard_index import Shard, ShardIndex, read_index, verify_listing
-from pretrain.trained import TrainedEncoder, load_encoder
+from pretrain.published import ConfigSource
+from pretrain.trained import TrainedEncoder, load_encoder, load_published_encoder
 
 IMAGES_PER_FORWARD = 256
 DECODE_THREADS = 2
 IDLE_SECONDS = 0.5
 INTENT_NAME = "export.json"
+
+EncoderLoader = Callable[..., TrainedEncoder]
+"""Takes `store=`; all else about the encoder is bound, so that it can be sent to workers."""
 
 
 class ExportFailedError(RuntimeError):
@@ -44,22 +50,30 @@ class ExportFailedError(RuntimeError):
 def export_features(
     store: ObjectStore,
     *,
-    run_url: str,
-    step: int | None,
     shards_url: str,
     out_url: str,
     num_workers: int,
+    run_url: str | None = None,
+    step: int | None = None,
+    checkpoint_url: str | None = None,
+    config: ConfigSource | None = None,
+    ema: bool = True,
     on_progress: Callable[[QueueState], None] = lambda state: None,
 ) -> FeatureManifest:
-    """Encode every image at `shards_url` with a run's averaged encoder, into `out_url`.
+    """Encode every image at `shards_url` with a trained encoder, into `out_url`.
+
+    Args:
+        run_url, step: the encoder of a run of this project, at a step or at its newest checkpoint.
+        checkpoint_url, config: instead, that of an authors' file; every worker must reach it.
+        ema: the averaged weights; False takes the online ones.
 
     Raises:
         ValueError, OSError: refused before start: no such checkpoint, shards that do not match
             their index, or an `out_url` that holds features of another encoder or shard set.
         ExportFailedError: naming the shards that failed, and why.
     """
-    run_url, shards_url, out_url = absolute(run_url), absolute(shards_url), absolute(out_url)
-    trained = load_encoder(store, run_url, step=step)
+    shards_url, out_url = absolute(shards_url), absolute(out_url)
+    load, trained = _choose_encoder(store, run_url, step, checkpoint_url, config, ema=ema)
     index = read_index(store, shards_url)
     verify_listing(store, index)
     _declare_intent(store, out_url, trained, index)
@@ -68,7 +82,7 @@ def export_features(
     with ray_session(num_cpus=num_workers):
         name = f"export-{uuid.uuid4().hex[:8]}"
         coordinator = start_coordinator(name, store, shards_url, work)
-        workers = [_start_worker(store, run_url, trained) for _ in range(num_workers)]
+        workers = [_start_worker(store, load, trained.sha256) for _ in range(num_workers)]
         try:
             running = [
                 worker.work.remote(f"worker-{number}", coordinator, work)
@@ -104,9 +118,10 @@ def encode_shard(
         DecodeError: an image cannot be used.
     """
     samples = read_shard(store, index, shard)
-    size_px = trained.config.data.image_size_px
     with ThreadPoolExecutor(DECODE_THREADS) as pool:
-        images = list(pool.map(lambda sample: decode_sample(sample, size_px), samples))
+        images = list(
+            pool.map(lambda sample: decode_sample(sample, trained.image_size_px), samples)
+        )
     features = [
         _encode(trained, np.stack(images[start : start + IMAGES_PER_FORWARD]))
         for start in range(0, len(images), IMAGES_PER_FORWARD)
@@ -121,20 +136,71 @@ def encode_shard(
 
 
 def feature_columns(trained: TrainedEncoder) -> tuple[FeatureColumn, ...]:
-    """One column per subset of the encoder's partition, fine to coarse."""
-    return tuple(
-        FeatureColumn(subset.name, subset.timesteps, subset.dims)
-        for subset in trained.partition.subsets
-    )
+    """One column per subset of the encoder's partition, fine to coarse.
+
+    Some published cuts have subsets without a dimension. A column cannot be empty, so their
+    time-steps go to the column before, whose dimensions the decoder sees there too (the first
+    ones to the column after), and the columns are numbered without them.
+    """
+    columns: list[FeatureColumn] = []
+    for subset in trained.partition.subsets:
+        steps, dims = subset.timesteps, subset.dims
+        if dims[0] < dims[1]:
+            start = steps[0] if columns else 0
+            columns.append(FeatureColumn(f"z{len(columns):03d}", (start, steps[1]), dims))
+        elif columns:
+            last = columns[-1]
+            columns[-1] = FeatureColumn(last.name, (last.timesteps[0], steps[1]), last.dims)
+    return tuple(columns)
+
+
+def _choose_encoder(
+    store: ObjectStore,
+    run_url: str | None,
+    step: int | None,
+    checkpoint_url: str | None,
+    config: ConfigSource | None,
+    *,
+    ema: bool,
+) -> tuple[EncoderLoader, TrainedEncoder]:
+    """How every worker gets the encoder, and the encoder."""
+    if (run_url is None) == (checkpoint_url is None):
+        raise ValueError(
+            f"exactly one of a run and a checkpoint file must be given, got "
+            f"{'neither' if run_url is None else f'{run_url} and {checkpoint_url}'}"
+        )
+    if run_url is not None:
+        if config is not None:
+            raise ValueError(
+                f"a config belongs to a checkpoint file; {run_url} is a run, which holds its own"
+            )
+        trained = load_encoder(store, absolute(run_url), step=step, ema=ema)
+        load = partial(load_encoder, run_url=absolute(run_url), step=trained.step, ema=ema)
+        return load, trained
+    assert checkpoint_url is not None
+    if step is not None:
+        raise ValueError(
+            f"a step chooses among the checkpoints of a run; {checkpoint_url} is one checkpoint, "
+            f"so give no step"
+        )
+    if isinstance(config, str | Path):
+        config = absolute(str(config))
+    load = partial(load_published_encoder, absolute(checkpoint_url), config, ema=ema)
+    return load, load(store=store)
 
 
 class _ExportWorker:
     """Loads the encoder once, then works until nothing is left to lease."""
 
-    def __init__(self, store: ObjectStore, run_url: str, step: int) -> None:
+    def __init__(self, store: ObjectStore, load: EncoderLoader, sha256: str) -> None:
         torch.set_num_threads(1)
         self._store = store
-        self._trained = load_encoder(store, run_url, step=step)
+        self._trained = load(store=store)
+        if self._trained.sha256 != sha256:
+            raise ValueError(
+                f"{self._trained.checkpoint} was replaced during the export: its encoder has "
+                f"SHA-256 {self._trained.sha256}, not {sha256}; export a file that stays as it is"
+            )
 
     def work(self, name: str, coordinator: Any, work: Work) -> None:
         index: ShardIndex = result_of(coordinator.index.remote())
@@ -156,9 +222,9 @@ class _ExportWorker:
                 result_of(coordinator.finish.remote(stem))
 
 
-def _start_worker(store: ObjectStore, run_url: str, trained: TrainedEncoder) -> Any:
+def _start_worker(store: ObjectStore, load: EncoderLoader, sha256: str) -> Any:
     actor: Any = ray.remote(num_cpus=1, max_restarts=3, max_task_retries=3)(_ExportWorker)
-    return actor.remote(store, run_url, trained.manifest.step)
+    return actor.remote(store, load, sha256)
 
 
 @contextmanager
@@ -232,14 +298,13 @@ def _summarise(
         squares += moments.sum_of_squares
     mean = total / count
     variance = np.maximum(squares / count - mean**2, 0)
-    assert trained.manifest.backbone_sha256 is not None
     return FeatureManifest(
         columns=feature_columns(trained),
         dtype="float16",
         encoder_sha256=trained.sha256,
-        checkpoint=trained.manifest.name,
-        backbone_sha256=trained.manifest.backbone_sha256,
-        config=trained.manifest.config,
+        checkpoint=trained.checkpoint,
+        backbone_sha256=trained.backbone_sha256,
+        config=trained.config,
         source_url=index.url,
         index_digest=index.digest,
         rows=count,

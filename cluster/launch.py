@@ -82,6 +82,8 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
         weights = absolute(task.backbone.weights)
         backbone = task.backbone.model_copy(update={"weights": weights})
         task = task.model_copy(update={"backbone": backbone})
+    if isinstance(task, DitiTask) and task.start_from is not None:
+        task = task.model_copy(update={"start_from": absolute(task.start_from)})
     data = config.data.model_copy(update={"shards": absolute(config.data.shards)})
     return config.model_copy(update={"output": absolute(config.output), "data": data, "task": task})
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Hashable, Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,6 +19,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from configs.schema import RunConfig
+
+# Names of union branches, which pydantic puts into the places that it reports.
+_TAGS = ("diti", "denoiser", "stages", "published")
 
 
 class ConfigError(ValueError):
@@ -108,7 +112,7 @@ def parse_run(text: str, overrides: Sequence[str] = (), *, source: str = "<text>
     try:
         config = RunConfig.model_validate_json(json.dumps(data))
     except ValidationError as error:
-        problems += [_describe(details) for details in error.errors()]
+        problems += problems_of(error)
     except (TypeError, ValueError) as error:
         problems.append(f"holds something JSON cannot: {error}")
     if problems or config is None:
@@ -156,12 +160,14 @@ def _apply_override(data: dict[str, Any], item: str) -> str | None:
     return None
 
 
+def problems_of(error: ValidationError) -> list[str]:
+    """One line per problem: dotted path, value seen, rule."""
+    return [_describe(details) for details in error.errors()]
+
+
 def _describe(details: ErrorDetails) -> str:
     """`dotted.path = value: what is wrong`."""
-    location = details["loc"]
-    if location[:1] == ("task",):
-        location = location[:1] + location[2:]  # the second part is the union's tag
-    dotted = ".".join(str(part) for part in location) or "run"
+    dotted = ".".join(str(part) for part in _without_tags(details["loc"])) or "run"
     match details["type"]:
         case "extra_forbidden":
             return f"{dotted}: unknown key{_nearest(details['loc'])}"
@@ -176,6 +182,15 @@ def _describe(details: ErrorDetails) -> str:
             return f"{dotted}: {details['msg'].removeprefix('Value error, ')}"
         case _:
             return f"{dotted} = {details['input']!r}: {details['msg']}"
+
+
+def _without_tags(location: tuple[int | str, ...]) -> list[int | str]:
+    """`location` without the names of union branches that pydantic puts into it."""
+    return [
+        part
+        for before, part in pairwise(("", *location))
+        if not (before in ("task", "partition") and part in _TAGS)
+    ]
 
 
 def _nearest(location: tuple[int | str, ...]) -> str:

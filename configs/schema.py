@@ -5,12 +5,24 @@ afterwards. Rules that need a bucket, a world size or a weights file are not her
 by `pretrain.preflight` and `pretrain.run_plan` before a run starts.
 """
 
-from typing import Annotated, Literal, Self
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
+FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
@@ -29,6 +41,12 @@ Url = Annotated[
     Field(min_length=1, pattern=r"^(s3://[^/]+/.+|file:///.+|[^:]+)$"),
     AfterValidator(_without_credentials),
 ]
+
+
+def _check_rising(name: str, values: Sequence[float]) -> None:
+    for before, after in pairwise(values):
+        if after <= before:
+            raise ValueError(f"{name} must rise, got {after:g} after {before:g}")
 
 
 class Section(BaseModel):
@@ -62,6 +80,8 @@ class DataConfig(Section):
     """Consecutive rows of a shard fetched by one ranged GET and shuffled together."""
     decode_threads: PositiveInt = 2
     """Threads that decode images, per rank."""
+    horizontal_flip: bool = False
+    """Mirror every other image, decided by its position like the noise."""
     prefetch_batches: PositiveInt = 4
     """Decoded micro-batches held ready, per rank; bounds the loader's memory."""
 
@@ -84,6 +104,12 @@ class UNetConfig(Section):
     attention_order: Literal["legacy", "new"] = "legacy"
     """Channel layout of q, k, v: heads first (legacy) or q|k|v first (new)."""
     dropout: Fraction = 0.0
+    learn_sigma: bool = False
+    """The last convolution has twice the channels; its second half (variances) is not used."""
+    resblock_updown: bool = True
+    """Resampling inside residual blocks; false means strided and plain convolutions instead."""
+    scale_shift_norm: bool = True
+    """The time-step scales and shifts the normalised activations; false means it is added."""
 
     @model_validator(mode="after")
     def _channels_fit_group_norm(self) -> Self:
@@ -169,15 +195,23 @@ class EncoderConfig(Section):
         return self
 
 
-class PartitionConfig(Section):
-    """How z is cut by time-step (METHOD section 2), stage by stage."""
+class StagedPartition(Section):
+    """How z is cut by time-step (METHOD section 2), stage by stage.
 
+    Each stage is cut evenly in time-steps and in dimensions. One stage with one subset is PDAE.
+    """
+
+    kind: Literal["stages"] = "stages"
     stage_ends: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (50, 100, 300, 500, 1000)
     """Exclusive last time-step of each stage; the last one is the schedule's length."""
     stage_dims: tuple[PositiveInt, ...] = (10, 25, 327, 100, 50)
     """Dimensions of z that each stage receives; their sum is latent_dim."""
     stage_subsets: tuple[PositiveInt, ...] = (4, 3, 13, 12, 32)
     """Subsets that each stage is cut into, evenly in time-steps."""
+
+    @property
+    def num_timesteps(self) -> int:
+        return self.stage_ends[-1]
 
     @model_validator(mode="after")
     def _stages_agree(self) -> Self:
@@ -187,17 +221,99 @@ class PartitionConfig(Section):
                 f"stage_ends, stage_dims and stage_subsets need one entry per stage, "
                 f"got {lengths[0]}, {lengths[1]} and {lengths[2]}"
             )
+        _check_rising("stage_ends", self.stage_ends)
         starts = (0, *self.stage_ends[:-1])
         for start, end, dims, subsets in zip(
             starts, self.stage_ends, self.stage_dims, self.stage_subsets, strict=True
         ):
-            if end <= start:
-                raise ValueError(f"stage_ends must rise, got {end} after {start}")
             if subsets > min(dims, end - start):
                 raise ValueError(
                     f"stage [{start}, {end}) has {subsets} subsets but only {dims} dimensions and "
                     f"{end - start} time-steps; each subset needs at least one of both"
                 )
+        return self
+
+
+class PublishedPartition(Section):
+    """The published recipes' own cut: subsets even over all time-steps, whatever the stages.
+
+    A subset belongs to the stage that holds its first time-step. Without stages, dimensions are
+    dealt evenly too.
+    """
+
+    kind: Literal["published"]
+    num_subsets: PositiveInt = 64
+    num_timesteps: PositiveInt = 1000
+    stage_ends: tuple[PositiveInt, ...] | None = None
+    """Exclusive last time-step of each stage; null means balanced."""
+    stage_dims: tuple[PositiveInt, ...] | None = None
+    """Dimensions of z that each stage receives; their sum is latent_dim."""
+    allow_empty: bool = False
+    """Accept subsets without a dimension, which the published code makes of short stages."""
+
+    @model_validator(mode="after")
+    def _stages_agree(self) -> Self:
+        if self.num_subsets > self.num_timesteps:
+            raise ValueError(
+                f"num_subsets ({self.num_subsets}) must not exceed num_timesteps "
+                f"({self.num_timesteps}): each subset needs a time-step"
+            )
+        if (self.stage_ends is None) != (self.stage_dims is None):
+            raise ValueError("stage_ends and stage_dims must both be given, or neither")
+        if self.stage_ends is None or self.stage_dims is None:
+            return self
+        if len(self.stage_ends) != len(self.stage_dims):
+            raise ValueError(
+                f"stage_ends and stage_dims need one entry per stage, "
+                f"got {len(self.stage_ends)} and {len(self.stage_dims)}"
+            )
+        _check_rising("stage_ends", self.stage_ends)
+        if self.stage_ends[-1] != self.num_timesteps:
+            raise ValueError(
+                f"stage_ends must end at num_timesteps ({self.num_timesteps}), "
+                f"got {self.stage_ends[-1]}"
+            )
+        return self
+
+
+def _kind_of_partition(value: Any) -> str:
+    return value.get("kind", "stages") if isinstance(value, dict) else getattr(value, "kind", "")
+
+
+PartitionConfig = Annotated[
+    Annotated[StagedPartition, Tag("stages")] | Annotated[PublishedPartition, Tag("published")],
+    Discriminator(_kind_of_partition),
+]
+
+
+class TimestepsConfig(Section):
+    """Which time-steps are trained on: pieces between edges, each drawn from evenly.
+
+    The default is the paper's: uniform over all of them.
+    """
+
+    unit: Literal["timestep", "log_snr"] = "timestep"
+    """The unit of edges, in which draws are even; log-SNR is log(alpha-bar / (1 - alpha-bar))."""
+    edges: Annotated[tuple[FiniteFloat, ...], Field(min_length=2)] = (0, 1000)
+    """One more than pieces, from low noise to high: time-steps rise, log-SNR falls."""
+    shares: tuple[PositiveFloat, ...] = (1.0,)
+    """Part of the draws that each piece receives; they add up to 1."""
+
+    @model_validator(mode="after")
+    def _pieces_agree(self) -> Self:
+        if len(self.shares) != len(self.edges) - 1:
+            raise ValueError(
+                f"{len(self.edges)} edges make {len(self.edges) - 1} pieces, "
+                f"but there are {len(self.shares)} shares"
+            )
+        if not math.isclose(sum(self.shares), 1, abs_tol=1e-6):
+            raise ValueError(f"shares must add up to 1, got {sum(self.shares):g}")
+        if self.unit == "log_snr":
+            _check_rising("log-SNR edges, negated,", [-edge for edge in self.edges])
+            return self
+        _check_rising("edges", self.edges)
+        if self.edges[0] < 0 or any(edge != int(edge) for edge in self.edges):
+            raise ValueError(f"edges in time-steps must be whole and not negative: {self.edges}")
         return self
 
 
@@ -207,21 +323,30 @@ class DitiTask(Section):
     kind: Literal["diti"]
     backbone: BackboneConfig
     encoder: EncoderConfig = EncoderConfig()
-    partition: PartitionConfig = PartitionConfig()
-    weight: Literal["snr", "constant"] = "snr"
-    """Loss weight: the paper's SNR^0.1 / (1 + SNR), or 1."""
-    timesteps: tuple[NonNegativeInt, PositiveInt] = (0, 1000)
-    """Half-open range that training time-steps are drawn from, uniformly."""
+    partition: PartitionConfig = StagedPartition()
+    mode: Literal["base", "stop_grad", "dual"] = "base"
+    """What the decoder sees at t: all subsets up to t's own; the same with gradients to the own
+    subset only; or both, with the losses added."""
+    weight: Literal["snr", "constant", "min_snr"] = "snr"
+    """Loss weight: the paper's SNR^gamma / (1 + SNR), 1, or min(SNR, cap) / SNR."""
+    snr_gamma: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
+    """gamma of the weight `snr`."""
+    min_snr_cap: PositiveFloat = 5.0
+    """Cap of the weight `min_snr`."""
+    timesteps: TimestepsConfig = TimestepsConfig()
+    start_from: Url | None = None
+    """Weights of encoder and shift path to begin with: a checkpoint file in the published layout
+    or a run's folder; null means from scratch."""
 
     @model_validator(mode="after")
     def _dims_add_up(self) -> Self:
-        total = sum(self.partition.stage_dims)
-        if total != self.encoder.latent_dim:
+        dims = self.partition.stage_dims
+        if dims is not None and sum(dims) != self.encoder.latent_dim:
             raise ValueError(
-                f"partition.stage_dims add up to {total}, but encoder.latent_dim is "
+                f"partition.stage_dims add up to {sum(dims)}, but encoder.latent_dim is "
                 f"{self.encoder.latent_dim}; they must be equal"
             )
-        _check_timesteps(self.timesteps, self.partition.stage_ends[-1])
+        _check_timesteps(self.timesteps, self.partition.num_timesteps)
         return self
 
 
@@ -231,8 +356,9 @@ class DenoiserTask(Section):
     kind: Literal["denoiser"]
     unet: UNetConfig
     schedule: ScheduleConfig = ScheduleConfig()
-    timesteps: tuple[NonNegativeInt, PositiveInt] = (0, 1000)
-    """Half-open range that training time-steps are drawn from, uniformly."""
+    prediction: Literal["epsilon", "v", "x0"] = "epsilon"
+    """What the U-Net's output stands for."""
+    timesteps: TimestepsConfig = TimestepsConfig()
 
     @model_validator(mode="after")
     def _timesteps_exist(self) -> Self:
@@ -343,10 +469,8 @@ class RunConfig(Section):
         return self
 
 
-def _check_timesteps(timesteps: tuple[int, int], num_timesteps: int) -> None:
-    start, end = timesteps
-    if not start < end <= num_timesteps:
+def _check_timesteps(timesteps: TimestepsConfig, num_timesteps: int) -> None:
+    if timesteps.unit == "timestep" and timesteps.edges[-1] > num_timesteps:
         raise ValueError(
-            f"timesteps must be a range [start, end) inside [0, {num_timesteps}), "
-            f"got [{start}, {end})"
+            f"timesteps.edges must lie inside [0, {num_timesteps}], got {timesteps.edges[-1]:g}"
         )

@@ -1,17 +1,19 @@
 """The frozen, pre-trained denoiser: loaded from outside, checked, never changed.
 
 A backbone is a safetensors file and a JSON card beside it (`NAME.safetensors`, `NAME.json`). The
-card holds the U-Net's shape, its noise schedule, the image size, and where the weights came from.
+card holds the U-Net's shape, what its output stands for, its noise schedule, the image size, and
+where the weights came from.
 """
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
 import torch
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
@@ -19,9 +21,11 @@ from torch import Tensor
 
 from configs.schema import BackboneConfig, ScheduleConfig, UNetConfig
 from data_pipelines.object_store import ObjectStore
+from pretrain.noise_schedule import Prediction
 from pretrain.unet import UNet
 
 BUILTIN_PREFIX = "builtin/"
+_PREDICTION: TypeAdapter[Prediction] = TypeAdapter(Prediction)
 
 
 class BackboneError(ValueError):
@@ -36,6 +40,8 @@ class Backbone:
     schedule: ScheduleConfig
     image_size_px: int
     sha256: str
+    prediction: Prediction = "epsilon"
+    """What the U-Net's output stands for."""
 
 
 def load_backbone(store: ObjectStore, config: BackboneConfig) -> Backbone:
@@ -57,7 +63,7 @@ def load_backbone(store: ObjectStore, config: BackboneConfig) -> Backbone:
     unet = UNet(card["unet"])
     _load_exactly(unet, _parse_weights(weights, config.weights), config.weights)
     unet.requires_grad_(False).eval()
-    return Backbone(unet, card["schedule"], card["image_size_px"], digest)
+    return Backbone(unet, card["schedule"], card["image_size_px"], digest, card["prediction"])
 
 
 def save_backbone(
@@ -69,17 +75,24 @@ def save_backbone(
     schedule: ScheduleConfig,
     image_size_px: int,
     provenance: dict[str, Any],
+    prediction: Prediction = "epsilon",
+    dtype: torch.dtype = torch.float16,
 ) -> str:
-    """Write weights (float16) and card to `url` (ending in .safetensors); returns the SHA-256."""
-    weights = save_safetensors({k: v.to(torch.float16).contiguous() for k, v in state.items()})
+    """Write weights (as `dtype`) and card to `url` (ending in .safetensors); returns the SHA-256.
+
+    Args:
+        provenance: goes onto the card as it is; nothing there replaces what the card always holds.
+    """
+    weights = save_safetensors({k: v.to(dtype).contiguous() for k, v in state.items()})
     digest = hashlib.sha256(weights).hexdigest()
     card = {
         "unet": unet.model_dump(mode="json"),
+        "prediction": prediction,
         "schedule": schedule.model_dump(mode="json"),
         "image_size_px": image_size_px,
         "sha256": digest,
-        **provenance,
     }
+    card |= {key: value for key, value in provenance.items() if key not in card}
     store.write(url, weights)
     card_url = url.removesuffix(".safetensors") + ".json"
     store.write(card_url, (json.dumps(card, indent=2) + "\n").encode())
@@ -89,6 +102,34 @@ def save_backbone(
 def pin_backbone(store: ObjectStore, url: str) -> str:
     """The SHA-256 of a weights file as it is now, to pin it in a run file."""
     return hashlib.sha256(_read(store, url)).hexdigest()
+
+
+def digest_of_state(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names and bytes of tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def state_problems(found: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence[int]]) -> str:
+    """Missing, extra and misshapen names, the first five of each; "" when all agree."""
+    misshapen = [
+        f"{name} {tuple(found[name])} instead of {tuple(shape)}"
+        for name, shape in wanted.items()
+        if name in found and tuple(found[name]) != tuple(shape)
+    ]
+    problems = (
+        ("missing", sorted(wanted.keys() - found.keys())),
+        ("extra", sorted(found.keys() - wanted.keys())),
+        ("wrong shape", misshapen),
+    )
+    return "; ".join(
+        f"{what}: {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
+        for what, names in problems
+        if names
+    )
 
 
 def _read(store: ObjectStore, url: str) -> bytes:
@@ -108,16 +149,17 @@ def _read(store: ObjectStore, url: str) -> bytes:
 
 def _parse_card(data: bytes, url: str) -> dict[str, Any]:
     try:
-        card = json.loads(data)
+        card = {"prediction": "epsilon"} | json.loads(data)  # which old cards leave out
         return {
             "unet": UNetConfig.model_validate_json(json.dumps(card["unet"])),
+            "prediction": _PREDICTION.validate_python(card["prediction"]),
             "schedule": ScheduleConfig.model_validate_json(json.dumps(card["schedule"])),
             "image_size_px": int(card["image_size_px"]),
         }
     except (ValidationError, KeyError, TypeError, ValueError) as error:
         raise BackboneError(
             f"backbone card {url} is unreadable ({type(error).__name__}: {error}); "
-            f"write it again with `diti backbone train`"
+            f"write it again with `diti backbone train` or `diti backbone import`"
         ) from error
 
 
@@ -131,22 +173,11 @@ def _parse_weights(data: bytes, url: str) -> dict[str, Tensor]:
 
 
 def _load_exactly(unet: UNet, state: dict[str, Tensor], url: str) -> None:
-    expected = unet.state_dict()
-    missing = sorted(expected.keys() - state.keys())
-    extra = sorted(state.keys() - expected.keys())
-    misshapen = [
-        f"{key} {tuple(state[key].shape)} instead of {tuple(tensor.shape)}"
-        for key, tensor in expected.items()
-        if key in state and state[key].shape != tensor.shape
-    ]
-    problems = [
-        f"{what}: {', '.join(keys[:5])}{f' and {len(keys) - 5} more' if len(keys) > 5 else ''}"
-        for what, keys in (("missing", missing), ("extra", extra), ("wrong shape", misshapen))
-        if keys
-    ]
-    if problems:
+    found = {name: tensor.shape for name, tensor in state.items()}
+    wanted = {name: tensor.shape for name, tensor in unet.state_dict().items()}
+    if problems := state_problems(found, wanted):
         raise BackboneError(
-            f"backbone {url} does not fit the U-Net on its card; {'; '.join(problems)}. "
+            f"backbone {url} does not fit the U-Net on its card; {problems}. "
             f"Use the card that was written with these weights."
         )
-    unet.load_state_dict({key: tensor.float() for key, tensor in state.items()})
+    unet.load_state_dict({name: tensor.float() for name, tensor in state.items()})

@@ -18,7 +18,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from configs.loading import ConfigError
+from pydantic import ValidationError
+
+from configs.loading import problems_of
 from configs.schema import RunConfig
 from data_pipelines.object_store import ObjectMissingError, ObjectStore, join
 from pretrain.world import World, from_first_rank, gather_from_ranks
@@ -163,9 +165,8 @@ def find(store: ObjectStore, run_url: str, step: int | None) -> Manifest:
     steps = complete_steps(store, run_url)
     if not steps or step not in (None, *steps):
         wanted = f"at step {step}" if step is not None else "yet"
-        raise CheckpointError(
-            f"{run_url} has no complete checkpoint {wanted}; complete are the steps {steps}"
-        )
+        newest_ones = f"the last of {len(steps)} are the steps {steps[-5:]}" if steps else "none is"
+        raise CheckpointError(f"{run_url} has no complete checkpoint {wanted}; {newest_ones}")
     return read_manifest(store, run_url, steps[-1] if step is None else step)
 
 
@@ -193,13 +194,13 @@ def read_file(store: ObjectStore, run_url: str, manifest: Manifest, name: str) -
         data = store.read(where)
     except ObjectMissingError as error:
         raise CheckpointError(
-            f"{where} is missing, although its manifest names it; resume from an older checkpoint"
+            f"{where} is missing, although its manifest names it; use an older checkpoint"
         ) from error
     size, digest = manifest.files[name]
     if len(data) != size or hashlib.sha256(data).hexdigest() != digest:
         raise CheckpointError(
             f"{where} is damaged: {len(data)} bytes, not the {size} bytes with SHA-256 {digest} "
-            f"that its manifest names; resume from an older checkpoint"
+            f"that its manifest names; use an older checkpoint"
         )
     return data
 
@@ -270,12 +271,15 @@ def run_of(manifest: Manifest) -> RunConfig:
     """The configuration that a checkpoint was made with.
 
     Raises:
-        ConfigError: this version of the code cannot read it.
+        CheckpointError: this version of the code cannot read it.
     """
     try:
         return RunConfig.model_validate_json(json.dumps(manifest.config))
-    except ValueError as error:
-        raise ConfigError(f"checkpoint {manifest.name}", str(error).splitlines()) from error
+    except ValidationError as error:
+        raise CheckpointError(
+            f"the configuration in the manifest of checkpoint {manifest.name} cannot be used: "
+            f"{'; '.join(problems_of(error))}. Use another checkpoint, or its own version."
+        ) from error
 
 
 def _may_change(key: str) -> bool:

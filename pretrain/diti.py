@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from configs.schema import DitiTask
 from pretrain.backbone import Backbone
 from pretrain.encoder import Encoder
-from pretrain.noise_schedule import make_schedule
-from pretrain.objective import diti_loss, shifted_estimate
+from pretrain.noise_schedule import Prediction, make_schedule
+from pretrain.objective import conditions, diti_loss, shifted_estimate
 from pretrain.partition import make_partition
-from pretrain.shift_decoder import ShiftDecoder
+from pretrain.shift_decoder import FrozenPass, ShiftDecoder
+from pretrain.timesteps import timestep_distribution
 
 FROZEN_PREFIX = "decoder.backbone."
 
@@ -27,18 +28,19 @@ class DiTi(nn.Module):
     def __init__(self, task: DitiTask, backbone: Backbone, *, image_size_px: int) -> None:
         super().__init__()
         self.task = task
-        self.partition = make_partition(task.partition)
+        self.partition = make_partition(task.partition, task.encoder.latent_dim)
         self.schedule = make_schedule(backbone.schedule)
+        self.prediction: Prediction = backbone.prediction
         self._check(backbone, image_size_px)
+        self.timesteps = timestep_distribution(task.timesteps, self.schedule)
         self.encoder = Encoder(task.encoder, image_size_px=image_size_px)
         self.decoder = ShiftDecoder(backbone.unet, latent_dim=task.encoder.latent_dim)
-        self.mask_KD = self.partition.cumulative_masks()
-        self.subset_T = self.partition.subset_of_timestep()
+        self.masks = self.partition.masks()
 
     def _check(self, backbone: Backbone, image_size_px: int) -> None:
         if self.partition.num_timesteps != self.schedule.num_timesteps:
             raise ValueError(
-                f"task.partition.stage_ends must end at the backbone's "
+                f"task.partition must end at the backbone's "
                 f"{self.schedule.num_timesteps} time-steps, got {self.partition.num_timesteps}"
             )
         if backbone.image_size_px != image_size_px:
@@ -49,28 +51,44 @@ class DiTi(nn.Module):
 
     def tables_to(self, device: torch.device) -> None:
         """Move schedule and masks. They are no buffers, so that no engine casts them to bf16."""
-        self.schedule = self.schedule.to(device)
-        self.mask_KD, self.subset_T = self.mask_KD.to(device), self.subset_T.to(device)
-
-    def condition(self, z_BD: Tensor, t_B: Tensor) -> Tensor:
-        """What the decoder may see at t: z with every subset beyond t's own set to 0; BD."""
-        return z_BD * self.mask_KD[self.subset_T[t_B]].to(z_BD.dtype)
+        self.schedule, self.masks = self.schedule.to(device), self.masks.to(device)
 
     def estimates(self, xt_BCHW: Tensor, t_B: Tensor, z_BD: Tensor) -> tuple[Tensor, Tensor]:
-        """Noise estimates of the backbone alone and of DiTi, from x_t; both BCHW."""
-        epsilon, shift = self.decoder(xt_BCHW, t_B, self.condition(z_BD, t_B))
+        """Noise estimates of the backbone alone and of DiTi, from x_t; both BCHW.
+
+        DiTi's sees the subsets of z up to t's own, in sampling as in training.
+        """
+        [condition] = conditions(self.masks, "base", z_BD, t_B)
+        epsilon, shift = self.epsilon_and_shift(xt_BCHW, t_B, condition)
         return epsilon, shifted_estimate(self.schedule, t_B, epsilon, shift)
 
+    def epsilon_and_shift(
+        self, xt_BCHW: Tensor, t_B: Tensor, condition_BD: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The backbone's noise estimate and the shift G, from x_t and a masked z; both BCHW."""
+        frozen = self.decoder.look(xt_BCHW, t_B)
+        return self._epsilon(frozen, xt_BCHW, t_B), self.decoder.shift(frozen, condition_BD)
+
     def forward(self, x0_BCHW: Tensor, t_B: Tensor, noise_BCHW: Tensor) -> Tensor:
-        """Loss of each sample, float32 (B,), in mode `base`: z at all subsets up to t's own."""
+        """Loss of each sample in the task's mode; float32 (B,)."""
         xt = self.schedule.add_noise(x0_BCHW, t_B, noise_BCHW)
-        condition = self.condition(self.encoder(x0_BCHW), t_B)
-        epsilon, shift = self.decoder(xt, t_B, condition)
-        return diti_loss(
-            self.schedule,
-            t_B=t_B,
-            noise_BCHW=noise_BCHW,
-            epsilon_BCHW=epsilon,
-            shift_BCHW=shift,
-            weight=self.task.weight,
-        )
+        frozen = self.decoder.look(xt, t_B)
+        epsilon = self._epsilon(frozen, xt, t_B)
+        z = self.encoder(x0_BCHW)
+        losses = [
+            diti_loss(
+                self.schedule,
+                t_B=t_B,
+                noise_BCHW=noise_BCHW,
+                epsilon_BCHW=epsilon,
+                shift_BCHW=self.decoder.shift(frozen, condition),
+                weight=self.task.weight,
+                snr_gamma=self.task.snr_gamma,
+                min_snr_cap=self.task.min_snr_cap,
+            )
+            for condition in conditions(self.masks, self.task.mode, z, t_B)
+        ]
+        return torch.stack(losses).sum(dim=0)
+
+    def _epsilon(self, frozen: FrozenPass, xt_BCHW: Tensor, t_B: Tensor) -> Tensor:
+        return self.schedule.epsilon_of(frozen.output_BCHW, self.prediction, xt_BCHW, t_B)

@@ -4,11 +4,14 @@ All tables are float32 vectors of length T, indexed by integer time-step t = 0..
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from configs.schema import ScheduleConfig
+
+Prediction = Literal["epsilon", "v", "x0"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +26,11 @@ class NoiseSchedule:
     @property
     def num_timesteps(self) -> int:
         return self.alpha_bar_T.shape[0]
+
+    @property
+    def log_snr_T(self) -> Tensor:  # noqa: N802
+        """log(alpha_bar / (1 - alpha_bar)); falls with t."""
+        return self.alpha_bar_T.log() - (1 - self.alpha_bar_T).log()
 
     def to(self, device: torch.device) -> "NoiseSchedule":
         return NoiseSchedule(
@@ -47,10 +55,35 @@ class NoiseSchedule:
         numerator = self.alpha_T[t_B].sqrt() * (1 - self.alpha_bar_prev_T[t_B])
         return -(numerator / (1 - self.alpha_bar_T[t_B]).sqrt())[:, None, None, None]
 
-    def snr_weight(self, t_B: Tensor, *, gamma: float = 0.1) -> Tensor:
-        """The paper's loss weight w_t = SNR_t^gamma / (1 + SNR_t), shape (B,)."""
-        snr = self.alpha_bar_T[t_B] / (1 - self.alpha_bar_T[t_B])
-        return snr**gamma / (1 + snr)
+    def snr(self, t_B: Tensor) -> Tensor:
+        """alpha_bar_t / (1 - alpha_bar_t); (B,)."""
+        return self.alpha_bar_T[t_B] / (1 - self.alpha_bar_T[t_B])
+
+    def epsilon_of(
+        self, output_BCHW: Tensor, prediction: Prediction, xt_BCHW: Tensor, t_B: Tensor
+    ) -> Tensor:
+        """The noise estimate that a denoiser's output implies; BCHW.
+
+        v = sqrt(alpha_bar) epsilon - sqrt(1 - alpha_bar) x_0, so that
+        epsilon = sqrt(alpha_bar) v + sqrt(1 - alpha_bar) x_t.
+        """
+        if prediction == "epsilon":
+            return output_BCHW
+        alpha_bar = self.alpha_bar_T[t_B][:, None, None, None]
+        if prediction == "v":
+            return alpha_bar.sqrt() * output_BCHW + (1 - alpha_bar).sqrt() * xt_BCHW
+        return (xt_BCHW - alpha_bar.sqrt() * output_BCHW) / (1 - alpha_bar).sqrt()
+
+    def target(
+        self, prediction: Prediction, x0_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor
+    ) -> Tensor:
+        """What a denoiser of this kind should put out; BCHW."""
+        if prediction == "epsilon":
+            return noise_BCHW
+        if prediction == "x0":
+            return x0_BCHW
+        alpha_bar = self.alpha_bar_T[t_B][:, None, None, None]
+        return alpha_bar.sqrt() * noise_BCHW - (1 - alpha_bar).sqrt() * x0_BCHW
 
 
 def make_schedule(config: ScheduleConfig) -> NoiseSchedule:

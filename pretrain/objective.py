@@ -8,13 +8,14 @@ from typing import Literal
 from torch import Tensor
 
 from pretrain.noise_schedule import NoiseSchedule
+from pretrain.partition import Masks
 
-Weight = Literal["snr", "constant"]
+Mode = Literal["base", "stop_grad", "dual"]
 
 
-def denoising_loss(noise_BCHW: Tensor, estimate_BCHW: Tensor) -> Tensor:
-    """Mean squared error of a noise estimate per sample; float32 (B,)."""
-    return (noise_BCHW.float() - estimate_BCHW.float()).square().mean(dim=(1, 2, 3))
+def denoising_loss(target_BCHW: Tensor, estimate_BCHW: Tensor) -> Tensor:
+    """Mean squared error of an estimate per sample; float32 (B,)."""
+    return (target_BCHW.float() - estimate_BCHW.float()).square().mean(dim=(1, 2, 3))
 
 
 def shifted_estimate(
@@ -24,6 +25,39 @@ def shifted_estimate(
     return epsilon_BCHW.float() + schedule.shift_coefficient(t_B) * shift_BCHW.float()
 
 
+def conditions(masks: Masks, mode: Mode, z_BD: Tensor, t_B: Tensor) -> list[Tensor]:
+    """What the decoder sees at t, one BD tensor for each of its passes.
+
+    base:      z * masks[i]: every subset up to t's own, i.
+    stop_grad: sg(z) * receding[i] + z * own[i]: the same values, gradients to subset i only.
+    dual:      both, one after the other; their losses are added.
+    """
+    subset_B = masks.subset_T[t_B]
+    base = z_BD * masks.cumulative_KD.to(z_BD.dtype)[subset_B]
+    if mode == "base":
+        return [base]
+    own = z_BD * masks.own_KD.to(z_BD.dtype)[subset_B]
+    earlier = z_BD.detach() * masks.receding_KD.to(z_BD.dtype)[subset_B]
+    return [earlier + own] if mode == "stop_grad" else [base, earlier + own]
+
+
+def loss_weight(
+    schedule: NoiseSchedule,
+    t_B: Tensor,
+    weight: Literal["snr", "constant", "min_snr"],
+    *,
+    snr_gamma: float = 0.1,
+    min_snr_cap: float = 5.0,
+) -> Tensor:
+    """w_t: the paper's SNR^gamma / (1 + SNR), 1, or min(SNR, cap) / SNR; float32 (B,)."""
+    snr = schedule.snr(t_B)
+    if weight == "snr":
+        return snr**snr_gamma / (1 + snr)
+    if weight == "min_snr":
+        return snr.clamp(max=min_snr_cap) / snr
+    return snr.new_ones(snr.shape)
+
+
 def diti_loss(
     schedule: NoiseSchedule,
     *,
@@ -31,9 +65,14 @@ def diti_loss(
     noise_BCHW: Tensor,
     epsilon_BCHW: Tensor,
     shift_BCHW: Tensor,
-    weight: Weight,
+    weight: Literal["snr", "constant", "min_snr"] = "snr",
+    snr_gamma: float = 0.1,
+    min_snr_cap: float = 5.0,
 ) -> Tensor:
-    """w_t times the mean over pixels of (epsilon - epsilon_theta - s_t G)^2; float32 (B,)."""
+    """w_t times the mean over pixels of (epsilon - epsilon_theta - s_t G)^2; float32 (B,).
+
+    The mean of the result is the paper's loss; each value belongs to its sample's time-step.
+    """
     estimate = shifted_estimate(schedule, t_B, epsilon_BCHW, shift_BCHW)
-    loss_B = denoising_loss(noise_BCHW, estimate)
-    return loss_B * schedule.snr_weight(t_B) if weight == "snr" else loss_B
+    w_B = loss_weight(schedule, t_B, weight, snr_gamma=snr_gamma, min_snr_cap=min_snr_cap)
+    return w_B * denoising_loss(noise_BCHW, estimate)

@@ -9,6 +9,7 @@ from data_pipelines.shard_index import ShardIndex, read_index, verify_listing
 from pretrain import checkpoint
 from pretrain.backbone import load_backbone
 from pretrain.diti import DiTi
+from pretrain.published import initial_weights
 from pretrain.run_plan import RunPlan, plan_run
 
 
@@ -42,6 +43,19 @@ def sample_order(config: RunConfig, index: ShardIndex) -> SampleOrder:
     return SampleOrder(index.sizes, config.seed, lanes, config.data.window_rows)
 
 
+def load_start(model: DiTi, store: ObjectStore) -> None:
+    """Give a fresh model the weights of `task.start_from`, where the run names any.
+
+    Raises:
+        ValueError, OSError: there are none, or they have other names or shapes than the model's.
+    """
+    if model.task.start_from is None:
+        return
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    shapes = {name: tuple(parameter.shape) for name, parameter in trained.items()}
+    model.load_state_dict(initial_weights(model.task.start_from, store, shapes), strict=False)
+
+
 def preflight(config: RunConfig, world_size: int) -> Preflight:
     """Check the batch split, the store, the shards, the backbone and an existing checkpoint.
 
@@ -53,11 +67,16 @@ def preflight(config: RunConfig, world_size: int) -> Preflight:
     store.check_access(run_url(config), write=True)
     index = read_index(store, config.data.shards)
     verify_listing(store, index)
+    if config.train.global_batch > index.num_samples:
+        raise ValueError(
+            f"train.global_batch is {config.train.global_batch}, but {config.data.shards} has only "
+            f"{index.num_samples} images; use a smaller batch or a larger set"
+        )
     backbone_sha256 = None
     if isinstance(config.task, DitiTask):
         backbone = load_backbone(store, config.task.backbone)
         backbone_sha256 = backbone.sha256
-        DiTi(config.task, backbone, image_size_px=config.data.image_size_px)
+        load_start(DiTi(config.task, backbone, image_size_px=config.data.image_size_px), store)
     newest = checkpoint.newest(store, run_url(config))
     if newest is not None:
         checkpoint.check_resumable(

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from configs.loading import dump_run
 from configs.schema import DitiTask, RunConfig
@@ -35,8 +35,9 @@ from pretrain.ema import Ema
 from pretrain.engine import Engine
 from pretrain.metrics import MetricsLog
 from pretrain.position_noise import draw
-from pretrain.preflight import open_store, run_url, sample_order
+from pretrain.preflight import load_start, open_store, run_url, sample_order
 from pretrain.run_plan import RunPlan, learning_rate, plan_run
+from pretrain.timesteps import TimestepDistribution
 from pretrain.unet import set_attention
 from pretrain.world import World, from_first_rank, join_world, mean_over_ranks
 
@@ -96,6 +97,7 @@ def run(
     # --- what: model, engine, average --------------------------------------------------------
     torch.manual_seed(config.seed)
     model, backbone_sha256 = build_model(config, store, world.device)
+    timesteps = model.timesteps
     engine = Engine(model, config.engine, config.optimizer, plan, world)
     ema = Ema(engine.local_shards(), config.train.ema_decay)
     saver = _Saver(config, store, world, index, backbone_sha256, local_dir)
@@ -118,7 +120,7 @@ def run(
                 batch, waited = next(batches)
                 seen.append(batch)
                 window.waited += waited
-                micro_batches.append(_to_tensors(batch, config, world.device))
+                micro_batches.append(_to_tensors(batch, config, timesteps, world.device))
 
             images_before = step * config.train.global_batch
             rate = learning_rate(config.optimizer, images_before, config.train.total_images)
@@ -148,7 +150,7 @@ def run(
 
 def build_model(
     config: RunConfig, store: ObjectStore, device: torch.device
-) -> tuple[nn.Module, str | None]:
+) -> tuple[DiTi | Denoiser, str | None]:
     """The module that a run trains, on its device, and the backbone's SHA-256 if it has one."""
     kernel = choose_kernel(
         config.engine.attention, device=device, dtype=DTYPES[config.engine.precision]
@@ -156,6 +158,7 @@ def build_model(
     if isinstance(config.task, DitiTask):
         backbone = load_backbone(store, config.task.backbone)
         model = DiTi(config.task, backbone, image_size_px=config.data.image_size_px)
+        load_start(model, store)
         sha256 = backbone.sha256
     else:
         model, sha256 = Denoiser(config.task), None
@@ -196,17 +199,21 @@ def _timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
 
 
 def _to_tensors(
-    batch: Batch, config: RunConfig, device: torch.device
+    batch: Batch, config: RunConfig, timesteps: TimestepDistribution, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Images in [-1, 1], time-steps and noise of a micro-batch, on the device."""
     images = torch.from_numpy(batch.images).to(device).float() / 127.5 - 1
-    t, noise = draw(
+    drawn = draw(
         batch.positions,
         seed=config.seed,
-        timesteps=config.task.timesteps,
+        timesteps=timesteps,
+        global_batch=config.train.global_batch,
         image_shape=(3, config.data.image_size_px, config.data.image_size_px),
     )
-    return images, t.to(device), noise.to(device)
+    if config.data.horizontal_flip:
+        mirrored = drawn.flip_B.to(device)[:, None, None, None]
+        images = torch.where(mirrored, images.flip(3), images)
+    return images, drawn.t_B.to(device), drawn.noise_BCHW.to(device)
 
 
 class _Window:

@@ -1,7 +1,9 @@
-"""What a run has made, ready for use: the averaged weights of a complete checkpoint."""
+"""What training has made, ready for use: from a run of this project, or from an authors' file."""
 
-import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
@@ -9,10 +11,11 @@ from torch import Tensor, nn
 from configs.schema import DitiTask, RunConfig
 from data_pipelines.object_store import ObjectStore
 from pretrain import checkpoint
-from pretrain.backbone import load_backbone
+from pretrain.backbone import digest_of_state, load_backbone
 from pretrain.diti import DiTi
 from pretrain.encoder import Encoder
 from pretrain.partition import Partition, make_partition
+from pretrain.published import ConfigSource, load_authors_checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,14 +24,26 @@ class TrainedEncoder:
 
     encoder: Encoder
     partition: Partition
-    config: RunConfig
-    manifest: checkpoint.Manifest
+    image_size_px: int
+    checkpoint: str
+    """Name of the checkpoint (step-00001000), or of the authors' file."""
+    step: int | None
+    """None when an authors' file does not say."""
+    backbone_sha256: str
+    """Of the backbone's file; of an authors' file, over the tensors of its frozen part."""
+    config: dict[str, Any]
+    """Plain values: what the encoder was trained with, for the manifest of its features."""
     sha256: str
-    """Over the encoder's averaged weights."""
+    """Over the encoder's weights."""
 
 
-def load_encoder(store: ObjectStore, run_url: str, *, step: int | None = None) -> TrainedEncoder:
+def load_encoder(
+    store: ObjectStore, run_url: str, *, step: int | None = None, ema: bool = True
+) -> TrainedEncoder:
     """The encoder of a run at `step`, or at its newest complete checkpoint.
+
+    Args:
+        ema: the averaged weights; False takes those of the last step.
 
     Raises:
         CheckpointError: no such checkpoint, a damaged one, or one of another kind of run.
@@ -38,16 +53,65 @@ def load_encoder(store: ObjectStore, run_url: str, *, step: int | None = None) -
     encoder = Encoder(task.encoder, image_size_px=config.data.image_size_px)
     state = {
         name.removeprefix("encoder."): tensor
-        for name, tensor in _averaged(store, run_url, manifest).items()
+        for name, tensor in _weights(store, run_url, manifest, ema=ema).items()
         if name.startswith("encoder.")
     }
     _load_exactly(encoder, state, set(encoder.state_dict()), run_url)
+    assert manifest.backbone_sha256 is not None
     return TrainedEncoder(
-        encoder.requires_grad_(False).eval(),
-        make_partition(task.partition),
-        config,
-        manifest,
-        digest_of(encoder),
+        encoder=encoder.requires_grad_(False).eval(),
+        partition=make_partition(task.partition, task.encoder.latent_dim),
+        image_size_px=config.data.image_size_px,
+        checkpoint=manifest.name,
+        step=manifest.step,
+        backbone_sha256=manifest.backbone_sha256,
+        config=manifest.config,
+        sha256=digest_of(encoder),
+    )
+
+
+def load_published_encoder(
+    path: str | Path,
+    config: ConfigSource | None = None,
+    *,
+    store: ObjectStore | None = None,
+    ema: bool = True,
+) -> TrainedEncoder:
+    """The encoder of a checkpoint file that the authors' code, or PDAE's, wrote.
+
+    Args:
+        config: as `load_authors_checkpoint` takes it.
+        store: reads the file; by default one with standard settings.
+        ema: the averaged weights; False takes the online ones.
+
+    Raises:
+        PublishedCheckpointError: the file cannot be used, or holds a denoiser only.
+    """
+    authors = load_authors_checkpoint(path, config=config, ema=ema, store=store)
+    encoder = authors.build_encoder()
+    assert authors.partition is not None
+    name = authors.source.rpartition("/")[2]
+    return TrainedEncoder(
+        encoder=encoder,
+        partition=authors.partition,
+        image_size_px=encoder.image_size_px,
+        checkpoint=name,
+        step=authors.step,
+        backbone_sha256=authors.backbone_sha256,
+        config={
+            "name": name,
+            "data": {"image_size_px": encoder.image_size_px},
+            "checkpoint": {
+                "source": authors.source,
+                "sha256": authors.sha256,
+                "kind": authors.kind,
+                "step": authors.step,
+                "ema": authors.ema,
+                "mode": authors.mode,
+                "config": authors.config.values,
+            },
+        },
+        sha256=digest_of(encoder),
     )
 
 
@@ -65,25 +129,33 @@ def load_diti(
     backbone = load_backbone(store, task.backbone)
     model = DiTi(task, backbone, image_size_px=config.data.image_size_px)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    _load_exactly(model, _averaged(store, run_url, manifest), trained, run_url)
+    _load_exactly(model, _weights(store, run_url, manifest, ema=True), trained, run_url)
     return model.requires_grad_(False).eval(), config, manifest
+
+
+def load_published_diti(
+    path: str | Path, config: ConfigSource | None = None, *, store: ObjectStore | None = None
+) -> tuple[DiTi, DitiTask]:
+    """The whole model of an authors' checkpoint file, in eval mode without gradients, and its task.
+
+    Raises:
+        PublishedCheckpointError: the file cannot be used, or holds a denoiser only.
+    """
+    model = load_authors_checkpoint(path, config=config, store=store).build_diti()
+    return model, model.task
 
 
 def load_denoiser_weights(
     store: ObjectStore, run_url: str, manifest: checkpoint.Manifest
 ) -> dict[str, Tensor]:
     """The averaged U-Net weights of a denoiser run's checkpoint, by the U-Net's own names."""
-    weights = _averaged(store, run_url, manifest)
+    weights = _weights(store, run_url, manifest, ema=True)
     return {name.removeprefix("unet."): tensor for name, tensor in weights.items()}
 
 
 def digest_of(module: nn.Module) -> str:
     """SHA-256 over names and bytes of a module's tensors."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    return digest_of_state(module.state_dict())
 
 
 def _diti_run(manifest: checkpoint.Manifest, run_url: str) -> tuple[RunConfig, DitiTask]:
@@ -95,12 +167,15 @@ def _diti_run(manifest: checkpoint.Manifest, run_url: str) -> tuple[RunConfig, D
     return config, config.task
 
 
-def _averaged(store: ObjectStore, run_url: str, manifest: checkpoint.Manifest) -> dict[str, Tensor]:
-    return load_safetensors(checkpoint.read_file(store, run_url, manifest, checkpoint.EMA_NAME))
+def _weights(
+    store: ObjectStore, run_url: str, manifest: checkpoint.Manifest, *, ema: bool
+) -> Mapping[str, Tensor]:
+    name = checkpoint.EMA_NAME if ema else checkpoint.WEIGHTS_NAME
+    return load_safetensors(checkpoint.read_file(store, run_url, manifest, name))
 
 
 def _load_exactly(
-    module: nn.Module, state: dict[str, Tensor], expected: set[str], run_url: str
+    module: nn.Module, state: Mapping[str, Tensor], expected: set[str], run_url: str
 ) -> None:
     if state.keys() != expected:
         raise checkpoint.CheckpointError(

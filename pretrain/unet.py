@@ -69,14 +69,17 @@ class ResBlock(nn.Module):
         *,
         resample: str = "none",
         dropout: float = 0.0,
+        scale_shift_norm: bool = True,
         shift: bool = False,
     ) -> None:
         super().__init__()
         self.resample = resample
+        self.scale_shift_norm = scale_shift_norm
         self.in_layers = nn.Sequential(
             GroupNorm(in_channels), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1)
         )
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embed_dim, 2 * out_channels))
+        of_time = 2 * out_channels if scale_shift_norm else out_channels
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embed_dim, of_time))
         if shift:
             self.emb_z_layers = nn.Sequential(nn.SiLU(), nn.Linear(embed_dim, 2 * out_channels))
         self.out_layers = nn.Sequential(
@@ -95,14 +98,40 @@ class ResBlock(nn.Module):
         norm_in, activation, conv_in = self.in_layers
         h = conv_in(_resample(activation(norm_in(x_BCHW)), self.resample))
         norm_out, *rest = self.out_layers
-        scale_t, shift_t = self.emb_layers(emb_BE)[:, :, None, None].chunk(2, dim=1)
-        h = norm_out(h) * (1 + scale_t) + shift_t
+        of_time = self.emb_layers(emb_BE)[:, :, None, None]
+        if self.scale_shift_norm:
+            scale_t, shift_t = of_time.chunk(2, dim=1)
+            h = norm_out(h) * (1 + scale_t) + shift_t
+        else:
+            h = norm_out(h + of_time)
         if emb_z_BE is not None:
             scale_z, shift_z = self.emb_z_layers(emb_z_BE)[:, :, None, None].chunk(2, dim=1)
             h = h * (1 + scale_z) + shift_z
         for layer in rest:
             h = layer(h)
         return self.skip_connection(_resample(x_BCHW, self.resample)) + h
+
+
+class Downsample(nn.Module):
+    """Half the side by a strided convolution, where residual blocks do not resample."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.op(x_BCHW)
+
+
+class Upsample(nn.Module):
+    """Twice the side by repetition and a convolution, where residual blocks do not resample."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.conv(_resample(x_BCHW, "up"))
 
 
 class AttentionBlock(nn.Module):
@@ -164,7 +193,20 @@ class BlockMaker:
             self.embed_dim,
             resample=resample,
             dropout=self.config.dropout,
+            scale_shift_norm=self.config.scale_shift_norm,
             shift=self.shift,
+        )
+
+    def down(self, channels: int) -> nn.Module:
+        if self.config.resblock_updown:
+            return self.res(channels, channels, "down")
+        return Downsample(channels)
+
+    def up(self, channels: int) -> nn.Module:
+        return (
+            self.res(channels, channels, "up")
+            if self.config.resblock_updown
+            else Upsample(channels)
         )
 
     def attention(self, channels: int, factor: int) -> list[nn.Module]:
@@ -194,7 +236,7 @@ class BlockMaker:
                 channels = out
                 skips.append(channels)
             if level != last_level:
-                blocks.append(BlockSequence(self.res(channels, channels, "down")))
+                blocks.append(BlockSequence(self.down(channels)))
                 skips.append(channels)
         return blocks, skips
 
@@ -216,19 +258,17 @@ class BlockMaker:
                 ]
                 channels = out
                 if level and index == config.num_res_blocks:
-                    layers.append(self.res(channels, channels, "up"))
+                    layers.append(self.up(channels))
                 blocks.append(BlockSequence(*layers))
         return blocks
 
-    def out(self) -> nn.Sequential:
+    def out(self, image_channels: int) -> nn.Sequential:
         config = self.config
         channels = config.base_channels * config.channel_multipliers[0]
         return nn.Sequential(
             GroupNorm(channels),
             nn.SiLU(),
-            zero_init(
-                nn.Conv2d(channels, config.in_channels * config.patch_size_px**2, 3, padding=1)
-            ),
+            zero_init(nn.Conv2d(channels, image_channels * config.patch_size_px**2, 3, padding=1)),
         )
 
 
@@ -257,7 +297,7 @@ class UNet(nn.Module):
         self.skip_channels = skips
         self.middle_block = make.middle(skips[-1])
         self.output_blocks = make.up_path(skips[-1], skips)
-        self.out = make.out()
+        self.out = make.out(config.in_channels * (2 if config.learn_sigma else 1))
 
     def embed_time(self, t_B: Tensor) -> Tensor:
         """Time-step embedding, BE, in the weights' dtype."""
@@ -285,9 +325,10 @@ class UNet(nn.Module):
         return skips
 
     def decode(self, skips: list[Tensor], emb_BE: Tensor) -> Tensor:
-        """Predicted noise, BCHW, from the activations of `encode`."""
+        """The prediction, BCHW, from the activations of `encode`; learnt variances are dropped."""
         h = self.middle_block(skips[-1], emb_BE)
-        return self.unfold(self.out(walk_up(self.output_blocks, h, skips, emb_BE)))
+        out = self.unfold(self.out(walk_up(self.output_blocks, h, skips, emb_BE)))
+        return out[:, : self.config.in_channels]
 
     def forward(self, x_BCHW: Tensor, t_B: Tensor) -> Tensor:
         """Predicted noise for x_t (BCHW, [-1, 1] scale) at integer time-steps t (B)."""

@@ -6,8 +6,8 @@ from configs.schema import (
     BackboneConfig,
     DitiTask,
     EncoderConfig,
-    PartitionConfig,
     ScheduleConfig,
+    StagedPartition,
     UNetConfig,
 )
 from pretrain.backbone import Backbone
@@ -35,7 +35,7 @@ def tiny_task(**changes: object) -> DitiTask:
         kind="diti",
         backbone=BackboneConfig(weights="none.safetensors", sha256=SHA256),
         encoder=EncoderConfig(latent_dim=24, channels=(32, 32), attention_after=None),
-        partition=PartitionConfig(
+        partition=StagedPartition(
             stage_ends=(50, 200, 1000), stage_dims=(8, 8, 8), stage_subsets=(1, 1, 1)
         ),
     )

@@ -27,11 +27,12 @@ task:
   backbone: {{weights: {weights}, sha256: {sha256}}}
   encoder: {{latent_dim: 24, channels: [32, 32, 32], attention_after: 2}}
   partition:
+    kind: stages
     stage_ends: [50, 300, 1000]
     stage_dims: [8, 8, 8]
     stage_subsets: [1, 1, 1]
   weight: constant
-  timesteps: [0, 200]
+  timesteps: {{edges: [0, 200]}}
 data: {{shards: {shards}, image_size_px: 32, lanes: 8, window_rows: 16}}
 train:
   total_images: 320

@@ -1,4 +1,11 @@
-"""`diti backbone`: from a denoiser run to a backbone file, and a look at what it draws."""
+"""`diti backbone`: from a run or a published checkpoint to a backbone file, and what is in one."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
 
 from configs.schema import BackboneConfig, DenoiserTask, RunConfig
 from data_pipelines.object_store import ObjectStore
@@ -6,11 +13,53 @@ from pretrain import checkpoint
 from pretrain.backbone import load_backbone, pin_backbone, save_backbone
 from pretrain.noise_schedule import make_schedule
 from pretrain.preflight import open_store, run_url
+from pretrain.published import (
+    KIND_NAMES,
+    AuthorsCheckpoint,
+    PublishedCheckpointError,
+    load_authors_checkpoint,
+)
 from pretrain.trained import load_denoiser_weights
 from tools.figures import image_grid
 from tools.pictures import backbone_samples
 
 COLUMNS = 12
+
+
+@dataclass(frozen=True, slots=True)
+class ImportOptions:
+    """How a published checkpoint is read; None leaves it to the file and its config.yml."""
+
+    config: str | None = None
+    ema: bool = True
+    image_size_px: int | None = None
+    num_heads: int | None = None
+    head_channels: int | None = None
+    attention_order: Literal["legacy", "new"] | None = None
+
+    def load(self, store: ObjectStore, url: str) -> AuthorsCheckpoint:
+        return load_authors_checkpoint(
+            url,
+            config=self.config,
+            ema=self.ema,
+            store=store,
+            image_size_px=self.image_size_px,
+            num_heads=self.num_heads,
+            head_channels=self.head_channels,
+            attention_order=self.attention_order,
+        )
+
+    def as_arguments(self) -> list[str]:
+        """What was chosen, as it is typed."""
+        typed = {
+            "--config": self.config,
+            "--image-size": self.image_size_px,
+            "--num-heads": self.num_heads,
+            "--head-channels": self.head_channels,
+            "--attention-order": self.attention_order,
+        }
+        chosen = [f"{name} {value}" for name, value in typed.items() if value is not None]
+        return chosen if self.ema else [*chosen, "--no-ema"]
 
 
 def check_backbone_run(config: RunConfig) -> DenoiserTask:
@@ -39,6 +88,7 @@ def write_backbone(
         out_url,
         state=load_denoiser_weights(store, run_url(config), manifest),
         unet=task.unet,
+        prediction=task.prediction,
         schedule=task.schedule,
         image_size_px=config.data.image_size_px,
         provenance={
@@ -52,6 +102,103 @@ def write_backbone(
     )
 
 
+def import_backbone(
+    store: ObjectStore, url: str, out_url: str, options: ImportOptions
+) -> tuple[str, str]:
+    """Write the denoiser of a published checkpoint as a backbone, in float32.
+
+    Returns:
+        Its SHA-256, and one line about what it is.
+
+    Raises:
+        PublishedCheckpointError: the checkpoint cannot be used, or its image size is not known.
+    """
+    authors = options.load(store, url)
+    if authors.image_size_px is None:
+        raise PublishedCheckpointError(
+            f"{url} does not tell the size of its images, nor does {authors.config.name}; "
+            f"give it with --image-size"
+        )
+    command = ["diti", "backbone", "import", url, "--out", out_url, *options.as_arguments()]
+    digest = save_backbone(
+        store,
+        out_url,
+        state=authors.backbone,
+        unet=authors.unet,
+        prediction=authors.prediction,
+        schedule=authors.schedule,
+        image_size_px=authors.image_size_px,
+        dtype=torch.float32,
+        provenance={
+            "command": " ".join(command),
+            "source": url.rpartition("/")[2],
+            "source_sha256": authors.sha256,
+            "source_kind": authors.kind,
+            "source_step": authors.step,
+            "source_ema": authors.ema,
+            "origins": authors.origins,
+        },
+    )
+    steps = "" if authors.step is None else f" of step {authors.step}"
+    return digest, (
+        f"{KIND_NAMES[authors.kind]}{steps}: {_count(authors.backbone)['parameters']:,} parameters,"
+        f" {authors.image_size_px} px, attention heads from {authors.origins['attention heads']}"
+    )
+
+
+def inspect_file(store: ObjectStore, url: str, options: ImportOptions) -> dict[str, Any]:
+    """What a published checkpoint or a backbone holds, as plain values.
+
+    Raises:
+        PublishedCheckpointError, BackboneError: the file cannot be used.
+    """
+    if url.endswith(".safetensors"):
+        return _inspect_backbone(store, url)
+    authors = options.load(store, url)
+    parts = {"encoder": authors.encoder, "shift path": authors.shift, "backbone": authors.backbone}
+    partition = authors.partition
+    return {
+        "file": url,
+        "sha256": authors.sha256,
+        "kind": authors.kind,
+        "step": authors.step,
+        "ema": authors.ema,
+        "image_size_px": authors.image_size_px,
+        "prediction": authors.prediction,
+        "parts": {name: _count(state) for name, state in parts.items() if state},
+        "unet": authors.unet.model_dump(mode="json"),
+        "schedule": authors.schedule.model_dump(mode="json"),
+        "encoder": authors.encoder_config and authors.encoder_config.model_dump(mode="json"),
+        "partition": partition and partition.to_json(),
+        "mode": authors.mode,
+        "backbone_sha256": authors.backbone_sha256,
+        "config": authors.config.source,
+        "origins": authors.origins,
+    }
+
+
+def _inspect_backbone(store: ObjectStore, url: str) -> dict[str, Any]:
+    digest = pin_backbone(store, url)
+    backbone = load_backbone(store, BackboneConfig(weights=url, sha256=digest))
+    return {
+        "file": url,
+        "sha256": digest,
+        "kind": "backbone",
+        "image_size_px": backbone.image_size_px,
+        "prediction": backbone.prediction,
+        "parts": {"backbone": _count(backbone.unet.state_dict())},
+        "unet": backbone.unet.config.model_dump(mode="json"),
+        "schedule": backbone.schedule.model_dump(mode="json"),
+        "config": url.removesuffix(".safetensors") + ".json",
+        "origins": dict.fromkeys(("U-Net", "schedule", "image size"), "card"),
+    }
+
+
+def _count(state: Mapping[str, Tensor]) -> dict[str, int]:
+    numbers = sum(tensor.numel() for tensor in state.values())
+    return {"tensors": len(state), "parameters": numbers}
+
+
 def sample_sheet(weights: str, count: int) -> bytes:
     """A PNG of `count` samples in rows of 12, each pixel three pixels wide."""
     store = ObjectStore()
@@ -61,6 +208,7 @@ def sample_sheet(weights: str, count: int) -> bytes:
     grid = backbone_samples(
         backbone.unet,
         make_schedule(backbone.schedule),
+        backbone.prediction,
         count=rows * COLUMNS,
         size_px=backbone.image_size_px,
         columns=COLUMNS,

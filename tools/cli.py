@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn
@@ -44,6 +45,31 @@ LocalDir = Annotated[
     Path, typer.Option(help="Scratch folder on this node: parts on their way to storage, wandb.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+AuthorsConfig = Annotated[
+    str | None,
+    typer.Option(
+        "--config", help="Its config.yml. Default: one beside the checkpoint or one folder up."
+    ),
+]
+ImageSize = Annotated[
+    int | None, typer.Option("--image-size", min=1, help="Side of a denoiser's images, in pixels.")
+]
+Ema = Annotated[bool, typer.Option("--ema/--no-ema", help="Averaged weights, or the online ones.")]
+HeadChannels = Annotated[int | None, typer.Option(min=1, help="Channels per attention head.")]
+NumHeads = Annotated[int | None, typer.Option(min=1, help="Attention heads.")]
+
+
+class AttentionOrder(StrEnum):
+    """Channel layout of q, k, v."""
+
+    LEGACY = "legacy"
+    NEW = "new"
+
+
+Order = Annotated[
+    AttentionOrder | None,
+    typer.Option(help="Heads before q, k, v (legacy) or after (new). Default: legacy."),
+]
 
 
 @app.command()
@@ -126,6 +152,10 @@ def make(
 def train(
     run_file: Annotated[Path, typer.Argument(metavar="RUN.YAML", help="What to train.")],
     overrides: Overrides = None,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(help="Start from these weights: a published .pt file, or a run's folder."),
+    ] = None,
     local_dir: LocalDir = Path("runs/local"),
 ) -> None:
     """Train on this machine, or on the Ray cluster at RAY_ADDRESS. Run it again to resume.
@@ -134,9 +164,13 @@ def train(
     """
     with _clear_errors():
         from configs.loading import load_run
+        from data_pipelines.object_store import absolute
         from pretrain.preflight import run_url
 
-        config = load_run(run_file, tuple(overrides or ()))
+        changes = list(overrides or ())
+        if checkpoint is not None:
+            changes.append(f"task.start_from={json.dumps(absolute(checkpoint))}")
+        config = load_run(run_file, tuple(changes))
         manifest = _launch(config, local_dir)
         typer.echo(f"{run_url(config)}: {manifest.images} images, {manifest.name} complete")
 
@@ -157,8 +191,7 @@ def backbone_train(
         from data_pipelines.object_store import ObjectStore
         from tools.backbone import check_backbone_run, write_backbone
 
-        if not out.endswith(".safetensors"):
-            raise ValueError(f"--out must end in .safetensors, got {out!r}")
+        _check_safetensors(out)
         config = load_run(run_file, tuple(overrides or ()))
         check_backbone_run(config)
         ObjectStore().check_access(out.rpartition("/")[0] or ".", write=True)
@@ -186,11 +219,76 @@ def backbone_samples(
         typer.echo(str(out))
 
 
+@backbone_app.command("import")
+def backbone_import(
+    file: Annotated[str, typer.Argument(metavar="FILE.PT", help="A published checkpoint.")],
+    out: Annotated[str, typer.Option(help="Where to write NAME.safetensors and its card.")],
+    config: AuthorsConfig = None,
+    image_size: ImageSize = None,
+    ema: Ema = True,
+    head_channels: HeadChannels = None,
+    num_heads: NumHeads = None,
+    attention_order: Order = None,
+) -> None:
+    """Make a backbone of a published denoiser: the authors', a DiTi or PDAE run's, or ADM's.
+
+    Example: diti backbone import pre-trained-dpms/celeba64/checkpoint.pt --image-size 64
+    --out celeba64.safetensors
+    """
+    with _clear_errors():
+        from data_pipelines.object_store import ObjectStore
+        from tools.backbone import ImportOptions, import_backbone
+
+        _check_safetensors(out)
+        store = ObjectStore()
+        store.check_access(out.rpartition("/")[0] or ".", write=True)
+        order = attention_order.value if attention_order else None
+        options = ImportOptions(config, ema, image_size, num_heads, head_channels, order)
+        digest, summary = import_backbone(store, file, out, options)
+        typer.echo(f"{out}: SHA-256 {digest}\n{summary}")
+
+
+@backbone_app.command("inspect")
+def backbone_inspect(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="FILE.pt or FILE.safetensors.")],
+    config: AuthorsConfig = None,
+    image_size: ImageSize = None,
+    ema: Ema = True,
+    head_channels: HeadChannels = None,
+    num_heads: NumHeads = None,
+    attention_order: Order = None,
+    as_json: AsJson = False,
+) -> None:
+    """What a published checkpoint or a backbone holds, and where each thing was found.
+
+    Example: diti backbone inspect runs/celeba64/diti64/checkpoints/latest.pt
+    """
+    with _clear_errors():
+        from data_pipelines.object_store import ObjectStore
+        from tools.backbone import ImportOptions, inspect_file
+
+        order = attention_order.value if attention_order else None
+        options = ImportOptions(config, ema, image_size, num_heads, head_channels, order)
+        found = inspect_file(ObjectStore(), file, options)
+        if as_json:
+            typer.echo(json.dumps(found, indent=1))
+        else:
+            _print_contents(found)
+
+
 @app.command()
 def export(
-    run: Annotated[str, typer.Argument(help="The run's folder: OUTPUT/NAME.")],
     shards: Annotated[str, typer.Option(help="Shard set to encode.")],
     out: Annotated[str, typer.Option(help="Folder for the features.")],
+    run: Annotated[
+        str | None, typer.Argument(metavar="[RUN]", help="The run's folder: OUTPUT/NAME.")
+    ] = None,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(help="Instead of a run: a published .pt file that every worker can reach."),
+    ] = None,
+    config: AuthorsConfig = None,
+    ema: Ema = True,
     step: Annotated[
         int | None,
         typer.Option(min=0, help="Checkpoint; 0 is the untrained encoder. Default: newest."),
@@ -211,6 +309,9 @@ def export(
                 ObjectStore(),
                 run_url=run,
                 step=step,
+                checkpoint_url=checkpoint,
+                config=config,
+                ema=ema,
                 shards_url=shards,
                 out_url=out,
                 num_workers=workers,
@@ -387,6 +488,36 @@ def _print_losses(losses: Any) -> None:
     table.add_row("another image's", f"{losses.shuffled:.5f}")
     table.add_row("the average", f"{losses.mean:.5f}")
     Console().print(table)
+
+
+def _print_contents(found: dict[str, Any]) -> None:
+    weights = "" if found.get("step") is None else f", step {found['step']}"
+    weights += "" if "ema" not in found else ", averaged" if found["ema"] else ", online"
+    typer.echo(f"{found['file']}: {found['kind']}{weights}\nSHA-256 {found['sha256']}")
+    parts = Table("part", "tensors", "parameters")
+    for name, counts in found["parts"].items():
+        parts.add_row(name, str(counts["tensors"]), f"{counts['parameters']:,}")
+    Console().print(parts)
+    shown = ("image_size_px", "prediction", "unet", "schedule", "encoder", "mode")
+    for key in (key for key in shown if found.get(key) is not None):
+        typer.echo(f"{key}: {_in_a_line(found[key])}")
+    if partition := found.get("partition"):
+        dims = partition["dim_ends"]
+        typer.echo(f"partition: {len(dims)} subsets of {dims[-1]} dimensions, ending at {dims}")
+    typer.echo(f"config: {found['config'] or 'none found'}")
+    for what, origin in found["origins"].items():
+        typer.echo(f"  {what}: {origin}")
+
+
+def _in_a_line(value: Any) -> str:
+    if not isinstance(value, dict):
+        return str(value)
+    return ", ".join(f"{key} {inner}" for key, inner in value.items())
+
+
+def _check_safetensors(out: str) -> None:
+    if not out.endswith(".safetensors"):
+        raise ValueError(f"--out must end in .safetensors, got {out!r}")
 
 
 def _check_out_file(out: Path) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from pretrain.diti import DiTi
 from pretrain.objective import denoising_loss
 from pretrain.position_noise import draw
+from pretrain.timesteps import TimestepDistribution, uniform_timesteps
 
 CHUNK = 256
 NOISE_SEED = 20240  # of evaluation; no run trains with it
@@ -59,7 +60,7 @@ def four_losses(model: DiTi, images_BCHW: Tensor, *, repeats: int = 2) -> FourLo
     features = {"diti": z, "shuffled": z.roll(1, 0), "mean": z.mean(0, keepdim=True).expand_as(z)}
     sums: dict[str, list[Tensor]] = {name: [] for name in ("backbone", *features)}
     for repeat in range(repeats):
-        t, noise = _draw(images_BCHW, model.task.timesteps, repeat)
+        t, noise = draw_noise(images_BCHW, model.timesteps, repeat)
         for name, z_BD in features.items():
             backbone, diti = _losses(model, images_BCHW, t, noise, z_BD)
             sums[name].append(diti)
@@ -70,24 +71,31 @@ def four_losses(model: DiTi, images_BCHW: Tensor, *, repeats: int = 2) -> FourLo
 
 def timestep_losses(model: DiTi, images_BCHW: Tensor, *, num_bins: int = 16) -> TimestepLosses:
     """Backbone's and DiTi's loss by time-step over the trained range."""
-    first, end = model.task.timesteps
+    first, end = model.timesteps.trained_range
     width = -(-(end - first) // num_bins)
     z = encode(model, images_BCHW)
     starts, curves = tuple(range(first, end, width)), ([], [])
     for number, start in enumerate(starts):
-        t, noise = _draw(images_BCHW, (start, min(start + width, end)), number)
+        bin_of = uniform_timesteps(start, min(start + width, end), model.schedule.num_timesteps)
+        t, noise = draw_noise(images_BCHW, bin_of, number)
         for curve, loss in zip(curves, _losses(model, images_BCHW, t, noise, z), strict=True):
             curve.append(loss.mean().item())
     return TimestepLosses(starts, width, tuple(curves[0]), tuple(curves[1]))
 
 
-def _draw(images_BCHW: Tensor, timesteps: tuple[int, int], repeat: int) -> tuple[Tensor, Tensor]:
-    count, *shape = images_BCHW.shape
-    positions = np.arange(count) + repeat * count
-    channels, height, width = shape
-    return draw(
-        positions, seed=NOISE_SEED, timesteps=timesteps, image_shape=(channels, height, width)
+def draw_noise(
+    images_BCHW: Tensor, timesteps: TimestepDistribution, repeat: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Time-steps and noise of evaluation, the same for every model; other ones per `repeat`."""
+    count, channels, height, width = images_BCHW.shape
+    drawn = draw(
+        np.arange(count) + repeat * count,
+        seed=NOISE_SEED,
+        timesteps=timesteps,
+        global_batch=count,
+        image_shape=(channels, height, width),
     )
+    return drawn.t_B, drawn.noise_BCHW
 
 
 @torch.inference_mode()

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pretrain.diti import DiTi
-from pretrain.noise_schedule import NoiseSchedule
-from pretrain.partition import Partition, Subset
-from pretrain.position_noise import draw
-from pretrain.sampling import ddim_sample, diti_estimate
+from pretrain.noise_schedule import NoiseSchedule, Prediction
+from pretrain.partition import Subset
+from pretrain.sampling import ddim_sample, diti_estimate, mix_subsets
+from pretrain.timesteps import uniform_timesteps
 from pretrain.unet import UNet
-from tools.denoising import NOISE_SEED, encode
+from tools.denoising import draw_noise, encode
 
 DDIM_STEPS = 25
 Grid = NDArray[np.uint8]
@@ -46,11 +46,11 @@ def reconstructions(model: DiTi, images_BCHW: Tensor) -> Reconstructions:
 
     At two time-steps of the trained range: a half and the last.
     """
-    first, end = model.task.timesteps
+    first, end = model.timesteps.trained_range
     z = encode(model, images_BCHW)
     columns, tiles = ["image"], [to_pixels(images_BCHW)]
     for t in ((first + end) // 2, end - 1):
-        t_B, noise = _noise(images_BCHW, t)
+        t_B, noise = _noise(model, images_BCHW, t)
         xt = model.schedule.add_noise(images_BCHW, t_B, noise)
         for name, estimate in zip(("backbone", "DiTi"), model.estimates(xt, t_B, z), strict=True):
             if name == "backbone":
@@ -61,17 +61,6 @@ def reconstructions(model: DiTi, images_BCHW: Tensor) -> Reconstructions:
     return Reconstructions(tuple(columns), np.stack(tiles, axis=1))
 
 
-def named_ranges(partition: Partition, timesteps: tuple[int, int]) -> dict[str, tuple[Subset, ...]]:
-    """The trained subsets as `fine`, `middle` and `coarse`: thirds of their number."""
-    subsets = partition.select(*timesteps)
-    cuts = [round(i * len(subsets) / 3) for i in range(4)]
-    return {
-        name: subsets[cuts[i] : cuts[i + 1]]
-        for i, name in enumerate(("fine", "middle", "coarse"))
-        if cuts[i] < cuts[i + 1]
-    }
-
-
 def interpolations(
     model: DiTi, a_BCHW: Tensor, b_BCHW: Tensor, *, steps: int = 5
 ) -> list[Interpolation]:
@@ -80,15 +69,18 @@ def interpolations(
     One `Interpolation` per named range and one for the whole feature; a row per pair of faces.
     """
     z_a, z_b = encode(model, a_BCHW), encode(model, b_BCHW)
-    ranges = named_ranges(model.partition, model.task.timesteps)
-    ranges["all"] = model.partition.select(*model.task.timesteps)
+    trained = model.timesteps.trained_range
+    ranges = {
+        **model.partition.named_ranges(*trained),
+        "all": model.partition.select(*trained),
+    }
     return [
         Interpolation(
             name,
             subsets,
             np.stack(
                 [
-                    _denoise(model, a_BCHW, _mix(z_a, z_b, subsets, share))
+                    _denoise(model, a_BCHW, mix_subsets(z_a, z_b, subsets, share))
                     for share in np.linspace(0, 1, steps)
                 ],
                 axis=1,
@@ -99,27 +91,29 @@ def interpolations(
 
 
 def backbone_samples(
-    unet: UNet, schedule: NoiseSchedule, *, count: int, size_px: int, columns: int
+    unet: UNet,
+    schedule: NoiseSchedule,
+    prediction: Prediction,
+    *,
+    count: int,
+    size_px: int,
+    columns: int,
 ) -> Grid:
     """Unconditional samples of a backbone by 100 stochastic steps."""
-    _, noise = draw(
-        np.arange(count), seed=NOISE_SEED, timesteps=(0, 1), image_shape=(3, size_px, size_px)
-    )
     start = schedule.num_timesteps - 1
-    images = ddim_sample(schedule, unet, noise, start=start, steps=100, eta=1.0)
+    blank = torch.zeros(count, 3, size_px, size_px)
+    _, noise = draw_noise(blank, uniform_timesteps(start, start + 1, schedule.num_timesteps))
+
+    def estimate(xt_BCHW: Tensor, t_B: Tensor) -> Tensor:
+        return schedule.epsilon_of(unet(xt_BCHW, t_B), prediction, xt_BCHW, t_B)
+
+    images = ddim_sample(schedule, estimate, noise, start=start, steps=100, eta=1.0)
     return to_pixels(images).reshape(-1, columns, size_px, size_px, 3)
 
 
-def _mix(z_a: Tensor, z_b: Tensor, subsets: tuple[Subset, ...], share: float) -> Tensor:
-    mixed = z_a.clone()
-    dims = slice(subsets[0].dims[0], subsets[-1].dims[1])
-    mixed[:, dims] = z_a[:, dims].lerp(z_b[:, dims], share)
-    return mixed
-
-
 def _denoise(model: DiTi, images_BCHW: Tensor, z_BD: Tensor) -> NDArray[np.uint8]:
-    start = model.task.timesteps[1] - 1
-    t_B, noise = _noise(images_BCHW, start)
+    start = model.timesteps.trained_range[1] - 1
+    t_B, noise = _noise(model, images_BCHW, start)
     xt = model.schedule.add_noise(images_BCHW, t_B, noise)
     return to_pixels(
         ddim_sample(
@@ -132,14 +126,8 @@ def _denoise(model: DiTi, images_BCHW: Tensor, z_BD: Tensor) -> NDArray[np.uint8
     )
 
 
-def _noise(images_BCHW: Tensor, t: int) -> tuple[Tensor, Tensor]:
-    count, channels, height, width = images_BCHW.shape
-    return draw(
-        np.arange(count),
-        seed=NOISE_SEED,
-        timesteps=(t, t + 1),
-        image_shape=(channels, height, width),
-    )
+def _noise(model: DiTi, images_BCHW: Tensor, t: int) -> tuple[Tensor, Tensor]:
+    return draw_noise(images_BCHW, uniform_timesteps(t, t + 1, model.schedule.num_timesteps))
 
 
 def to_pixels(images_BCHW: Tensor) -> NDArray[np.uint8]:

@@ -17,10 +17,10 @@ from configs.schema import (
     DitiTask,
     EncoderConfig,
     OptimizerConfig,
-    PartitionConfig,
     RunConfig,
     ScheduleConfig,
     Section,
+    StagedPartition,
     TrainConfig,
     UNetConfig,
 )
@@ -32,6 +32,7 @@ MINIMAL: dict[str, dict[str, Any]] = {
     "BackboneConfig": {"weights": "builtin/avatars32", "sha256": SHA256},
     "DitiTask": {"kind": "diti", "backbone": {"weights": "x.safetensors", "sha256": SHA256}},
     "DenoiserTask": {"kind": "denoiser", "unet": {}},
+    "PublishedPartition": {"kind": "published"},
     "TrainConfig": {"total_images": 1000, "global_batch": 10, "checkpoint_every_images": 100},
 }
 MINIMAL["RunConfig"] = {
@@ -92,7 +93,7 @@ def test_every_section_is_frozen_and_refuses_unknown_keys(name: str):
         ("UNetConfig", "channel_multipliers", [[], [0], [1.5], 1]),
         ("UNetConfig", "attention_order", ["newest"]),
         ("EncoderConfig", "channels", [[]]),
-        ("PartitionConfig", "stage_ends", [[], [0, 50, 100, 300, 1000]]),
+        ("StagedPartition", "stage_ends", [[], [0, 50, 100, 300, 1000]]),
         ("OptimizerConfig", "betas", [[0.9], [1.0, 0.9], [0.9, -0.1], [float("nan"), 0.9]]),
         ("OptimizerConfig", "weight_decay", [-0.1, float("nan"), float("inf")]),
         ("OptimizerConfig", "learning_rate", [0, -1e-4, "1e-4", float("inf")]),
@@ -106,7 +107,10 @@ def test_every_section_is_frozen_and_refuses_unknown_keys(name: str):
         ("WandbConfig", "mode", ["on", True]),
         ("RunConfig", "name", ["", "a/b", "..", "-a", "a b", 1]),
         ("RunConfig", "seed", [-1, 2**63]),
-        ("DitiTask", "timesteps", [[0], [-1, 10], [0, 10, 20]]),
+        ("TimestepsConfig", "edges", [[0], [float("nan"), 9]]),
+        ("TimestepsConfig", "shares", [[-1.0]]),
+        ("DitiTask", "mode", ["both"]),
+        ("PublishedPartition", "num_subsets", [0]),
         ("DitiTask", "kind", ["denoiser"]),
     ],
 )
@@ -160,21 +164,21 @@ UNET = {"kind": "denoiser", "unet": {}}
         (lambda: make("EncoderConfig", attention_after=0), "between 1 and 4, .* got 0"),
         (lambda: make("EncoderConfig", num_heads=5), "must divide the 128 channels .* got 5"),
         (
-            lambda: make("PartitionConfig", stage_dims=[10, 502]),
+            lambda: make("StagedPartition", stage_dims=[10, 502]),
             "one entry per stage, got 5, 2 and 5",
         ),
         (
             lambda: make(
-                "PartitionConfig", stage_ends=[50, 50], stage_dims=[9, 9], stage_subsets=[1, 1]
+                "StagedPartition", stage_ends=[50, 50], stage_dims=[9, 9], stage_subsets=[1, 1]
             ),
             "stage_ends must rise, got 50 after 50",
         ),
         (
-            lambda: make("PartitionConfig", stage_ends=[9], stage_dims=[3], stage_subsets=[4]),
+            lambda: make("StagedPartition", stage_ends=[9], stage_dims=[3], stage_subsets=[4]),
             r"stage \[0, 9\) has 4 subsets but only 3 dimensions and 9 time-steps",
         ),
         (
-            lambda: make("PartitionConfig", stage_ends=[3], stage_dims=[9], stage_subsets=[4]),
+            lambda: make("StagedPartition", stage_ends=[3], stage_dims=[9], stage_subsets=[4]),
             "4 subsets but only 9 dimensions and 3 time-steps",
         ),
         (
@@ -186,13 +190,27 @@ UNET = {"kind": "denoiser", "unet": {}}
             "stage_dims add up to 512, but encoder.latent_dim is 1024",
         ),
         (
-            lambda: make("DitiTask", timesteps=[0, 1001]),
-            r"range \[start, end\) inside \[0, 1000\), got \[0, 1001\)",
+            lambda: make("DitiTask", timesteps={"edges": [0, 1001]}),
+            r"edges must lie inside \[0, 1000\], got 1001",
         ),
-        (lambda: make("DitiTask", timesteps=[7, 7]), r"got \[7, 7\)"),
+        (lambda: make("TimestepsConfig", edges=[-1, 10]), "whole and not negative"),
+        (lambda: make("TimestepsConfig", edges=[0.5, 10]), "whole and not negative"),
+        (lambda: make("TimestepsConfig", edges=[0, 10, 20]), "make 2 pieces, .* 1 shares"),
+        (lambda: make("TimestepsConfig", shares=[0.5]), "add up to 1, got 0.5"),
+        (lambda: make("PublishedPartition", num_subsets=1001), r"\(1001\) must not exceed"),
+        (lambda: make("TimestepsConfig", edges=[7, 7]), "edges must rise, got 7 after 7"),
+        (
+            lambda: make("TimestepsConfig", unit="log_snr", edges=[-5, 5]),
+            "negated, must rise, got -5 after 5",
+        ),
+        (
+            lambda: make("PublishedPartition", stage_ends=[50, 900], stage_dims=[1, 2]),
+            r"must end at num_timesteps \(1000\), got 900",
+        ),
+        (lambda: make("PublishedPartition", stage_ends=[1000]), "both be given, or neither"),
         (
             lambda: make("DenoiserTask", schedule={"num_timesteps": 100}),
-            r"inside \[0, 100\), got \[0, 1000\)",
+            r"inside \[0, 100\], got 1000",
         ),
         (
             lambda: changed_run(train={"total_images": 9}),
@@ -225,16 +243,18 @@ def test_every_rule_passes_at_its_edge():
     make("ScheduleConfig", beta_start=0.02)
     make("EncoderConfig", channels=[32], attention_after=1)
     make("EncoderConfig", attention_after=None, num_heads=5)
-    make("PartitionConfig", stage_ends=[4], stage_dims=[4], stage_subsets=[4])
-    make("DitiTask", timesteps=[999, 1000])
-    make("DenoiserTask", schedule={"num_timesteps": 1}, timesteps=[0, 1])
+    make("StagedPartition", stage_ends=[4], stage_dims=[4], stage_subsets=[4])
+    make("DitiTask", timesteps={"edges": [999, 1000]})
+    make("DenoiserTask", schedule={"num_timesteps": 1}, timesteps={"edges": [0, 1]})
+    make("TimestepsConfig", unit="log_snr", edges=[9, 0, -9.5], shares=[0.25, 0.75])
+    make("PublishedPartition", num_subsets=1000)
     changed_run(train={"total_images": 10})
     changed_run(optimizer={"warmup_images": 600, "decay_images": 400})
     changed_run(task=UNET, data={"image_size_px": 8})
 
 
 def test_the_defaults_are_the_papers():
-    partition, schedule = PartitionConfig(), ScheduleConfig()
+    partition, schedule = StagedPartition(), ScheduleConfig()
     assert partition.stage_ends == (50, 100, 300, 500, 1000)
     assert partition.stage_dims == (10, 25, 327, 100, 50)
     assert partition.stage_subsets == (4, 3, 13, 12, 32)
@@ -254,10 +274,15 @@ def owners(section: type[BaseModel], names: tuple[str, ...] = ("config",)) -> di
     found: dict[str, set[str]] = {}
     for field, info in section.model_fields.items():
         found[f"{section.__name__}.{field}"] = set(names)
-        for part in (info.annotation, *get_args(info.annotation)):
-            if isinstance(part, type) and issubclass(part, BaseModel):
-                found |= owners(part, ("config", field))
+        for part in sections_in(info.annotation):
+            found |= owners(part, ("config", field))
     return found
+
+
+def sections_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for part in get_args(annotation) for section in sections_in(part)]
 
 
 def unread_fields(model: type[BaseModel], code: str) -> list[str]:

@@ -6,6 +6,7 @@ import pickle
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def random_unet() -> UNet:
     return unet
 
 
-def save(url: str, state: dict[str, Tensor]) -> BackboneConfig:
+def save(url: str, state: dict[str, Tensor], **arguments: Any) -> BackboneConfig:
     sha256 = save_backbone(
         STORE,
         url,
@@ -41,6 +42,7 @@ def save(url: str, state: dict[str, Tensor]) -> BackboneConfig:
         schedule=SCHEDULE,
         image_size_px=8,
         provenance={"images_seen": 7},
+        **arguments,
     )
     return BackboneConfig(weights=url, sha256=sha256)
 
@@ -102,6 +104,49 @@ def test_the_card_says_what_the_weights_are(config: BackboneConfig, tmp_path: Pa
     assert (
         card["sha256"] == hashlib.sha256((tmp_path / "face.safetensors").read_bytes()).hexdigest()
     )
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "x0"])
+def test_the_card_says_what_the_output_stands_for(
+    tmp_path: Path, unet: UNet, prediction: str
+) -> None:
+    config = save(str(tmp_path / "face.safetensors"), unet.state_dict(), prediction=prediction)
+    assert load_backbone(STORE, config).prediction == prediction
+
+
+def test_an_old_card_means_noise(config: BackboneConfig, tmp_path: Path) -> None:
+    path = tmp_path / "face.json"
+    card = json.loads(path.read_text())
+    del card["prediction"], card["unet"]["learn_sigma"]
+    path.write_text(json.dumps(card))
+    assert load_backbone(STORE, config).prediction == "epsilon"
+
+
+def test_weights_can_be_kept_in_float32(tmp_path: Path, unet: UNet) -> None:
+    config = save(str(tmp_path / "face.safetensors"), unet.state_dict(), dtype=torch.float32)
+    loaded = load_backbone(STORE, config).unet.state_dict()
+    for name, tensor in unet.state_dict().items():
+        assert torch.equal(loaded[name], tensor), name
+
+
+def test_what_the_card_always_holds_is_not_replaced(tmp_path: Path, unet: UNet) -> None:
+    sha256 = save_backbone(
+        STORE,
+        str(tmp_path / "face.safetensors"),
+        state=unet.state_dict(),
+        unet=SHAPE,
+        schedule=SCHEDULE,
+        image_size_px=8,
+        provenance={"sha256": "another", "seed": 3},
+    )
+    card = json.loads((tmp_path / "face.json").read_text())
+    assert (card["sha256"], card["seed"]) == (sha256, 3)
+
+
+def test_the_packaged_backbone_loads() -> None:
+    url = "builtin/avatars32.safetensors"
+    backbone = load_backbone(STORE, BackboneConfig(weights=url, sha256=pin_backbone(STORE, url)))
+    assert (backbone.image_size_px, backbone.prediction) == (32, "epsilon")
 
 
 def test_the_pin_is_the_files_sha256(config: BackboneConfig):
@@ -217,6 +262,7 @@ def without(field: str) -> Callable[[dict], object]:
         (lambda card: card | {"unet": card["unet"] | {"depth": 3}}, "depth"),
         (lambda card: card | {"unet": card["unet"] | {"base_channels": 33}}, "base_channels"),
         (lambda card: card | {"image_size_px": "small"}, "small"),
+        (lambda card: card | {"prediction": "noise"}, "epsilon"),
         (lambda card: [card], "TypeError"),
     ],
 )

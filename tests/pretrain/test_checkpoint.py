@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from configs.loading import ConfigError, parse_run
+from configs.loading import parse_run
 from configs.schema import RunConfig
 from data_pipelines.object_store import ObjectInfo, ObjectMissingError, ObjectStore
 from pretrain import checkpoint
@@ -131,7 +131,7 @@ def test_an_unknown_step_is_refused_with_those_there_are(run: Run):
 
 def test_a_run_without_any_says_so(run: Run):
     assert checkpoint.newest(STORE, run.url) is None
-    with pytest.raises(CheckpointError, match=r"no complete checkpoint yet; complete are .* \[\]"):
+    with pytest.raises(CheckpointError, match=r"no complete checkpoint yet; none is"):
         checkpoint.find(STORE, run.url, None)
 
 
@@ -155,7 +155,7 @@ def test_parts_without_a_manifest_are_invisible(run: Run):
     assert len(below) == 1, "the parts are there"
     assert checkpoint.complete_steps(STORE, run.url) == [0]
     assert checkpoint.newest(STORE, run.url) == older
-    with pytest.raises(CheckpointError, match=r"at step 2; complete are the steps \[0\]"):
+    with pytest.raises(CheckpointError, match=r"at step 2; the last of 1 are the steps \[0\]"):
         checkpoint.find(STORE, run.url, 2)
     with pytest.raises(ObjectMissingError):
         checkpoint.read_manifest(STORE, run.url, 2)
@@ -215,7 +215,7 @@ def test_a_damaged_or_missing_part_is_named_with_the_remedy(
         with pytest.raises(CheckpointError) as error:
             read()
         assert str(error.value).startswith(f"{path} {what}")
-        assert "resume from an older checkpoint" in str(error.value)
+        assert "use an older checkpoint" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -383,5 +383,5 @@ def test_a_setting_that_only_the_checkpoint_has_is_listed_too(manifest: Manifest
 
 def test_a_configuration_that_this_version_cannot_read_is_named(manifest: Manifest):
     older = replace(manifest, config=manifest.config | {"dropped": 5})
-    with pytest.raises(ConfigError, match=r"checkpoint step-00000002(.|\n)*dropped"):
+    with pytest.raises(CheckpointError, match=r"checkpoint step-00000002.*dropped"):
         checkpoint.run_of(older)

@@ -14,6 +14,7 @@ from pretrain.ema import Ema
 from pretrain.engine import Engine
 from pretrain.position_noise import draw
 from pretrain.run_plan import plan_run
+from pretrain.timesteps import uniform_timesteps
 from pretrain.train import build_model
 from pretrain.trained import digest_of
 from pretrain.world import World, join_world
@@ -43,8 +44,15 @@ def micro_batches(step: int) -> list[tuple[torch.Tensor, ...]]:
     batches = []
     for half in range(2):
         positions = np.arange(4) + 8 * step + 4 * half
-        t, noise = draw(positions, seed=0, timesteps=(0, 200), image_shape=(3, 32, 32))
-        batches.append((noise.flip(0).clamp(-1, 1), t, noise))
+        drawn = draw(
+            positions,
+            seed=0,
+            timesteps=uniform_timesteps(0, 200, 1000),
+            global_batch=8,
+            image_shape=(3, 32, 32),
+        )
+        noise = drawn.noise_BCHW
+        batches.append((noise.flip(0).clamp(-1, 1), drawn.t_B, noise))
     return batches
 
 

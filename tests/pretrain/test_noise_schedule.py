@@ -6,6 +6,7 @@ import torch
 
 from configs.schema import ScheduleConfig
 from pretrain.noise_schedule import make_schedule
+from pretrain.objective import loss_weight
 
 SCHEDULE = make_schedule(ScheduleConfig())
 ALL = torch.arange(1000)
@@ -60,7 +61,7 @@ def test_the_shift_over_the_noise_is_methods_table():
 
 
 def test_the_weight_matches_peaks_at_475_and_is_methods():
-    weight = SCHEDULE.snr_weight(ALL)
+    weight = loss_weight(SCHEDULE, ALL, "snr")
     assert weight.shape == (1000,)
     np.testing.assert_allclose(numbers(weight), WEIGHT, rtol=3e-4)
     assert int(weight.argmax()) == 475
@@ -73,7 +74,7 @@ def test_the_weight_matches_peaks_at_475_and_is_methods():
 
 def test_the_weight_of_another_gamma():
     np.testing.assert_allclose(
-        numbers(SCHEDULE.snr_weight(ALL, gamma=0.5)), SNR**0.5 / (1 + SNR), rtol=1e-3
+        numbers(loss_weight(SCHEDULE, ALL, "snr", snr_gamma=0.5)), SNR**0.5 / (1 + SNR), rtol=1e-3
     )
 
 
@@ -101,3 +102,13 @@ def test_the_whole_schedule_moves_to_a_device():
     moved = SCHEDULE.to(torch.device("meta"))
     tables = (moved.alpha_T, moved.alpha_bar_T, moved.alpha_bar_prev_T)
     assert {table.device.type for table in tables} == {"meta"}
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "x0"])
+def test_a_perfect_output_of_any_kind_implies_the_noise(prediction):
+    t = torch.tensor([5, 400, 900])
+    x0, noise = torch.randn(3, 3, 4, 4).clamp(-1, 1), torch.randn(3, 3, 4, 4)
+    xt = SCHEDULE.add_noise(x0, t, noise)
+    output = SCHEDULE.target(prediction, x0, noise, t)
+    found = SCHEDULE.epsilon_of(output, prediction, xt, t)
+    torch.testing.assert_close(found, noise, rtol=1e-3, atol=1e-3)

@@ -9,7 +9,13 @@ from torch import Tensor
 from configs.schema import ScheduleConfig
 from pretrain.diti import DiTi
 from pretrain.noise_schedule import make_schedule
-from pretrain.objective import Weight, denoising_loss, diti_loss, shifted_estimate
+from pretrain.objective import (
+    conditions,
+    denoising_loss,
+    diti_loss,
+    loss_weight,
+    shifted_estimate,
+)
 from tests.tiny_model import SIZE_PX, tiny_backbone, tiny_diti, tiny_task
 
 SCHEDULE = make_schedule(ScheduleConfig())
@@ -40,7 +46,7 @@ def numbers(tensor: Tensor) -> NDArray[np.float64]:
     return tensor.detach().double().numpy()
 
 
-def loss_of(weight: Weight, shift: Tensor = SHIFT) -> Tensor:
+def loss_of(weight: str, shift: Tensor = SHIFT) -> Tensor:
     return diti_loss(
         SCHEDULE, t_B=STEPS, noise_BCHW=NOISE, epsilon_BCHW=EPSILON, shift_BCHW=shift, weight=weight
     )
@@ -151,13 +157,39 @@ def test_the_models_loss_is_the_objective_of_its_parts():
 
 def test_the_condition_is_z_up_to_the_timesteps_own_subset_and_zero_beyond():
     z = torch.arange(1.0, 25.0).repeat(2, 1)
-    condition = tiny_diti().condition(z, torch.tensor([49, 50]))
+    [condition] = conditions(tiny_diti().masks, "base", z, torch.tensor([49, 50]))
     assert condition[0].tolist() == [*range(1, 9), *[0] * 16]
     assert condition[1].tolist() == [*range(1, 17), *[0] * 8]
 
 
+@pytest.mark.parametrize(("t", "own"), [(49, (0, 8)), (50, (8, 16)), (999, (16, 24))])
+def test_stop_grad_has_the_same_loss_and_teaches_the_own_subset_only(t: int, own: tuple[int, int]):
+    t_B = torch.tensor([t])
+    base = gradient_of_z(tiny_diti(), t_B)
+    stopped = gradient_of_z(tiny_diti(mode="stop_grad"), t_B)
+    assert torch.equal(stopped[:, slice(*own)], base[:, slice(*own)])
+    assert stopped[:, : own[0]].count_nonzero() == stopped[:, own[1] :].count_nonzero() == 0
+    assert (base[:, : own[1]] != 0).all()
+
+
+def test_dual_adds_the_two_losses_and_their_gradients():
+    t_B = torch.tensor([30, 700])
+    x0, noise = random_images(4, 2, SIZE_PX).clamp(-1, 1), random_images(5, 2, SIZE_PX)
+    losses = {m: tiny_diti(mode=m)(x0, t_B, noise) for m in ("base", "stop_grad", "dual")}
+    assert torch.equal(losses["base"], losses["stop_grad"])
+    torch.testing.assert_close(losses["dual"], losses["base"] + losses["stop_grad"])
+    gradients = {m: gradient_of_z(tiny_diti(mode=m), t_B) for m in losses}
+    torch.testing.assert_close(gradients["dual"], gradients["base"] + gradients["stop_grad"])
+
+
+def test_min_snr_weighs_like_constant_loss_until_its_cap():
+    weight = numbers(loss_weight(SCHEDULE, STEPS, "min_snr", min_snr_cap=5.0))
+    snr = ALPHA_BAR[STEPS.numpy()] / (1 - ALPHA_BAR[STEPS.numpy()])
+    np.testing.assert_allclose(weight, np.minimum(snr, 5) / snr, rtol=1e-3)
+
+
 def test_a_backbone_with_another_number_of_timesteps_is_refused():
-    with pytest.raises(ValueError, match=r"stage_ends must end at the backbone's 500 .* got 1000"):
+    with pytest.raises(ValueError, match=r"partition must end at the backbone's 500 .* got 1000"):
         DiTi(tiny_task(), tiny_backbone(num_timesteps=500), image_size_px=SIZE_PX)
 
 

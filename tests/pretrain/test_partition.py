@@ -8,21 +8,32 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs.schema import PartitionConfig
-from pretrain.partition import Partition, Subset, make_partition, partition_from_json
+from configs.schema import StagedPartition
+from pretrain.partition import (
+    Partition,
+    Subset,
+    make_partition,
+    partition_from_json,
+    published_partition,
+)
+
+
+def cut(config: StagedPartition) -> Partition:
+    return make_partition(config, sum(config.stage_dims))
+
 
 SMALL = Partition(timestep_ends=(3, 4, 10), dim_ends=(1, 5, 6))
-PAPER = make_partition(PartitionConfig())
+PAPER = cut(StagedPartition())
 
 
 @st.composite
-def stages(draw: st.DrawFn) -> PartitionConfig:
+def stages(draw: st.DrawFn) -> StagedPartition:
     count = draw(st.integers(1, 5))
     lengths = draw(st.lists(st.integers(1, 60), min_size=count, max_size=count))
     dims = draw(st.lists(st.integers(1, 40), min_size=count, max_size=count))
     subsets = [draw(st.integers(1, min(pair))) for pair in zip(lengths, dims, strict=True)]
     ends = [sum(lengths[: i + 1]) for i in range(count)]
-    return PartitionConfig(
+    return StagedPartition(
         stage_ends=tuple(ends), stage_dims=tuple(dims), stage_subsets=tuple(subsets)
     )
 
@@ -30,7 +41,7 @@ def stages(draw: st.DrawFn) -> PartitionConfig:
 configs = settings(deadline=None, max_examples=80)
 
 
-def slow_subset_of(config: PartitionConfig, t: int) -> int:
+def slow_subset_of(config: StagedPartition, t: int) -> int:
     """METHOD section 2's corrected map, for one time-step, in exact arithmetic."""
     offset, start = 0, 0
     for end, subsets in zip(config.stage_ends, config.stage_subsets, strict=True):
@@ -45,8 +56,8 @@ def slow_subset_of(config: PartitionConfig, t: int) -> int:
 
 @configs
 @given(stages())
-def test_each_time_step_goes_to_the_subset_that_a_slow_loop_finds(config: PartitionConfig):
-    found = make_partition(config).subset_of_timestep()
+def test_each_time_step_goes_to_the_subset_that_a_slow_loop_finds(config: StagedPartition):
+    found = cut(config).subset_of_timestep()
     assert found.dtype == torch.int64
     assert found.tolist() == [slow_subset_of(config, t) for t in range(config.stage_ends[-1])]
 
@@ -54,7 +65,7 @@ def test_each_time_step_goes_to_the_subset_that_a_slow_loop_finds(config: Partit
 @configs
 @given(stages())
 def test_every_subset_owns_time_steps_and_dimensions_and_they_are_all_given_out(config):
-    partition = make_partition(config)
+    partition = cut(config)
     assert partition.num_subsets == sum(config.stage_subsets)
     assert partition.num_timesteps == config.stage_ends[-1]
     assert partition.latent_dim == sum(config.stage_dims)
@@ -68,7 +79,7 @@ def test_every_subset_owns_time_steps_and_dimensions_and_they_are_all_given_out(
 @configs
 @given(stages())
 def test_each_stage_keeps_its_dimensions_and_its_last_subset_takes_the_rest(config):
-    widths = [end - start for start, end in (s.dims for s in make_partition(config).subsets)]
+    widths = [end - start for start, end in (s.dims for s in cut(config).subsets)]
     for dims, count in zip(config.stage_dims, config.stage_subsets, strict=True):
         stage, widths = widths[:count], widths[count:]
         assert stage[:-1] == [dims // count] * (count - 1)
@@ -90,7 +101,7 @@ def test_the_papers_stages_give_the_papers_dimensions():
 
 
 def test_a_cut_into_one_is_no_cut():
-    whole = make_partition(PartitionConfig(stage_ends=(9,), stage_dims=(4,), stage_subsets=(1,)))
+    whole = cut(StagedPartition(stage_ends=(9,), stage_dims=(4,), stage_subsets=(1,)))
     assert whole.subsets == (Subset("z000", (0, 9), (0, 4)),)
     assert whole.cumulative_masks().tolist() == whole.own_masks().tolist() == [[1, 1, 1, 1]]
 
@@ -136,7 +147,7 @@ def test_masks_of_a_small_partition():
 @configs
 @given(stages())
 def test_own_masks_give_each_dimension_once_and_add_up_to_the_cumulative_ones(config):
-    partition = make_partition(config)
+    partition = cut(config)
     own, cumulative = partition.own_masks(), partition.cumulative_masks()
     assert own.shape == cumulative.shape == (partition.num_subsets, partition.latent_dim)
     assert (own.sum(0) == 1).all()
@@ -165,8 +176,8 @@ def test_a_selection_is_every_subset_that_the_range_touches(start: int, end: int
 
 @configs
 @given(stages(), st.data())
-def test_a_selection_is_the_subsets_of_its_time_steps(config: PartitionConfig, data):
-    partition = make_partition(config)
+def test_a_selection_is_the_subsets_of_its_time_steps(config: StagedPartition, data):
+    partition = cut(config)
     start = data.draw(st.integers(0, partition.num_timesteps - 1))
     end = data.draw(st.integers(start + 1, partition.num_timesteps))
     touched = sorted(set(partition.subset_of_timestep()[start:end].tolist()))
@@ -181,6 +192,53 @@ def test_a_range_that_is_empty_or_outside_is_refused(start: int, end: int):
 
 @configs
 @given(stages())
-def test_a_partition_survives_json(config: PartitionConfig):
-    partition = make_partition(config)
+def test_a_partition_survives_json(config: StagedPartition):
+    partition = cut(config)
     assert partition_from_json(partition.to_json()) == partition
+
+
+# ---------------------------------------------------------------------- the published recipes' cut
+
+
+def test_the_published_recipe_cuts_time_steps_evenly_whatever_the_stages():
+    found = published_partition(
+        64, 512, stage_ends=(50, 100, 300, 500, 1000), stage_dims=(10, 25, 327, 100, 50)
+    )
+    assert found.subset_of_timestep().tolist() == [int(t / (1000 / 64)) for t in range(1000)]
+    assert found.dim_ends == PAPER.dim_ends
+    assert found.timestep_ends != PAPER.timestep_ends
+    balanced = published_partition(10, 64)
+    assert balanced.dim_ends == (6, 12, 19, 25, 32, 38, 44, 51, 57, 64)
+
+
+def test_a_short_stage_makes_subsets_without_dimensions_which_only_imports_may_have():
+    arguments = {"stage_ends": (500, 1000), "stage_dims": (3, 5)}
+    with pytest.raises(ValueError, match="dim_ends must rise"):
+        published_partition(8, 8, **arguments)
+    found = published_partition(8, 8, **arguments, allow_empty=True)
+    assert found.dim_ends == (0, 0, 0, 3, 4, 5, 6, 8)
+    assert partition_from_json(found.to_json()) == found
+
+
+def test_a_stage_in_which_no_subset_begins_leaves_its_dimensions_to_the_next_one():
+    found = published_partition(2, 9, stage_ends=(400, 450, 1000), stage_dims=(2, 3, 4))
+    assert found.dim_ends == (2, 9)
+
+
+@configs
+@given(stages())
+def test_receding_masks_are_what_the_earlier_subsets_hold(config):
+    partition = cut(config)
+    assert torch.equal(
+        partition.receding_masks() + partition.own_masks(), partition.cumulative_masks()
+    )
+    assert partition.receding_masks()[0].count_nonzero() == 0
+
+
+def test_named_ranges_are_thirds_from_fine_to_coarse():
+    ranges = SMALL.named_ranges(0, 10)
+    assert {name: [s.name for s in subsets] for name, subsets in ranges.items()} == {
+        "fine": ["z000"],
+        "middle": ["z001"],
+        "coarse": ["z002"],
+    }

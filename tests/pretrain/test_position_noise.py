@@ -7,13 +7,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.position_noise import draw
+from pretrain.timesteps import uniform_timesteps
 
 SHAPE = (1, 2, 3)
 positions_ = st.lists(st.integers(0, 2**62), min_size=1, max_size=8)
 
 
-def drawn(positions, seed: int = 0, timesteps=(0, 1000), shape=SHAPE):
-    return draw(np.asarray(positions, np.int64), seed=seed, timesteps=timesteps, image_shape=shape)
+def drawn(positions, seed: int = 0, timesteps=(0, 1000), shape=SHAPE, batch: int = 1):
+    found = draw(
+        np.asarray(positions, np.int64),
+        seed=seed,
+        timesteps=uniform_timesteps(*timesteps, 1000),
+        global_batch=batch,
+        image_shape=shape,
+    )
+    return found.t_B, found.noise_BCHW
 
 
 def test_shapes_and_dtypes():
@@ -79,8 +87,29 @@ def test_noise_is_standard_normal_and_independent_of_its_neighbour_and_of_t():
     assert (neighbours - torch.eye(4)).abs().max() < 0.06
 
 
+@pytest.mark.parametrize("batch", [1, 2, 40, 100])
+def test_every_global_batch_spreads_over_all_strata_of_time_steps(batch: int):
+    t, _ = drawn(range(3 * batch), shape=(1, 1, 1), batch=batch)
+    for one in t.reshape(3, batch):
+        assert sorted((one * batch // 1000).tolist()) == list(range(batch))
+    assert batch < 32 or t[:batch].tolist() != sorted(t[:batch].tolist())
+    assert batch < 32 or (t[:batch] // 40).tolist() != (t[batch : 2 * batch] // 40).tolist()
+
+
+def test_the_coin_is_fair_and_a_function_of_the_position():
+    arguments = {
+        "seed": 3,
+        "timesteps": uniform_timesteps(0, 10, 10),
+        "global_batch": 4,
+        "image_shape": (1, 1, 1),
+    }
+    flips = draw(np.arange(2_000), **arguments).flip_B
+    assert 850 < int(flips.sum()) < 1_150
+    assert torch.equal(draw(np.arange(500, 600), **arguments).flip_B, flips[500:600])
+
+
 def test_the_draws_never_change_between_versions():
     t, noise = drawn([0, 1, 10**12], seed=7, shape=(1, 1, 2))
-    assert t.tolist() == [163, 748, 193]
-    expected = [1.7038306, 1.5391918, 1.547825, -0.5029522, -0.21466658, 0.29827666]
+    assert t.tolist() == [872, 882, 142]
+    expected = [1.5391918, 0.63675386, -0.5029522, -0.8528061, 0.29827666, 0.4611871]
     np.testing.assert_allclose(noise.flatten().numpy(), expected, rtol=1e-6)

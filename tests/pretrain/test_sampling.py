@@ -6,9 +6,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from configs.schema import ScheduleConfig
+from configs.schema import ScheduleConfig, TimestepsConfig
 from pretrain.noise_schedule import make_schedule
-from pretrain.sampling import Estimate, ddim_sample, diti_estimate, time_grid
+from pretrain.partition import Partition
+from pretrain.sampling import (
+    Estimate,
+    ddim_encode,
+    ddim_sample,
+    ddim_walk,
+    decode_walk,
+    diti_estimate,
+    encode_walk,
+    mix_subsets,
+    move_along,
+    pdae_walk,
+    published_walk,
+    slerp,
+    time_grid,
+)
 from tests.tiny_model import SIZE_PX, tiny_diti
 
 SCHEDULE = make_schedule(ScheduleConfig())
@@ -138,7 +153,7 @@ Z = torch.randn(2, 24, generator=torch.Generator().manual_seed(2))
 @pytest.fixture(scope="module")
 def steered() -> tuple[Estimate, Estimate, Estimate]:
     """DiTi trained on [50, 200): its estimate, its backbone's, and always the shifted one."""
-    model = tiny_diti(timesteps=(50, 200)).eval()
+    model = tiny_diti(timesteps=TimestepsConfig(edges=(50, 200))).eval()
     return (
         diti_estimate(model, Z),
         model.decoder.backbone,
@@ -167,3 +182,105 @@ def test_sampling_twice_gives_the_same_image(steered):
     assert torch.equal(*samples)
     unguided = ddim_sample(SCHEDULE, steered[1], NOISE, start=250, steps=4)
     assert (samples[0] - unguided).abs().max() > 1e-3
+
+
+def test_the_condition_the_coefficient_and_the_stop_can_be_the_published_ones(steered):
+    model = tiny_diti().eval()
+    t_B = torch.tensor([60, 60])
+    epsilon, shift_of_all = model.epsilon_and_shift(NOISE, t_B, Z)
+    _, shift_of_masked = model.epsilon_and_shift(NOISE, t_B, Z * model.masks.cumulative_KD[1])
+    published = -(1 - SCHEDULE.alpha_bar_T[60]).sqrt()
+    trained = SCHEDULE.shift_coefficient(t_B)
+    for options, expected in (
+        ({}, epsilon + trained * shift_of_masked),
+        ({"masked": False}, epsilon + trained * shift_of_all),
+        ({"coefficient": "published"}, epsilon + published * shift_of_masked),
+        ({"stop_below": 60}, epsilon + trained * shift_of_masked),
+        ({"stop_below": 61}, epsilon),
+    ):
+        torch.testing.assert_close(diti_estimate(model, Z, **options)(NOISE, t_B), expected)
+
+
+# --- walks ----------------------------------------------------------------------------------------
+
+
+def bars(*timesteps: int) -> list[float]:
+    return [SCHEDULE.alpha_bar_T[t].item() for t in timesteps]
+
+
+def test_the_walks_are_methods_tables():
+    assert decode_walk(SCHEDULE, 999, 2) == [(999, bars(499)[0]), (499, 1.0)]
+    assert encode_walk(SCHEDULE, 999, 2) == [(0, bars(499)[0]), (499, bars(999)[0])]
+    assert published_walk(SCHEDULE, 4) == [
+        *zip((750, 500, 250), bars(500, 250, 0), strict=True),
+        (0, 1.0),
+    ]
+    assert published_walk(SCHEDULE, 4, encode=True) == [
+        *zip((0, 250, 500), bars(250, 500, 750), strict=True),
+        (750, 0.0),
+    ]
+    assert len(published_walk(SCHEDULE, 300)) == 334  # 300 does not divide 1000
+    assert pdae_walk(SCHEDULE, 2) == list(zip((999, 499), bars(499, 0), strict=True))
+    assert pdae_walk(SCHEDULE, 2, encode=True) == list(zip((0, 499), bars(499, 999), strict=True))
+
+
+def test_one_step_is_methods_formula_in_float64():
+    t, after = 400, 0.7
+    x, epsilon = NOISE.double(), random_images(5).double()
+    bar = SCHEDULE.alpha_bar_T[t].double()
+    x0 = (x / bar.sqrt() - (1 / bar - 1).sqrt() * epsilon).clamp(-1, 1)
+    implied = (x / bar.sqrt() - x0) / (1 / bar - 1).sqrt()
+    expected = after**0.5 * x0 + (1 - after) ** 0.5 * implied
+    found = ddim_walk(SCHEDULE, lambda *_: random_images(5), NOISE, [(t, after)])
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("end", "steps"), [(999, 20), (300, 5)])
+def test_what_is_encoded_decodes_to_itself(end: int, steps: int):
+    xt = ddim_encode(SCHEDULE, knows_the_image, X0, end=end, steps=steps)
+    assert (xt - X0).abs().max() > 0.05
+    back = ddim_sample(SCHEDULE, knows_the_image, xt, start=end, steps=steps)
+    torch.testing.assert_close(back, X0, rtol=1e-4, atol=1e-4)
+
+
+# --- edits of z -----------------------------------------------------------------------------------
+
+PARTITION = Partition((10, 20, 30), (2, 5, 9))
+
+
+def test_mixing_moves_the_named_subsets_and_nothing_else():
+    a, b = torch.zeros(1, 9), torch.ones(1, 9)
+    mixed = mix_subsets(a, b, PARTITION.select(10, 20), 0.25)
+    assert mixed.tolist() == [[0, 0, 0.25, 0.25, 0.25, 0, 0, 0, 0]]
+    assert a.count_nonzero() == 0
+
+
+def test_slerp_keeps_the_length_and_meets_both_ends():
+    a, b = random_images(8), random_images(9)
+    torch.testing.assert_close(slerp(a, b, 0.0), a)
+    torch.testing.assert_close(slerp(a, b, 1.0), b)
+    torch.testing.assert_close(slerp(a, a, 0.3), a)
+    unit_a, unit_b = (x / x.flatten(1).norm(dim=1)[:, None, None, None] for x in (a, b))
+    middle = slerp(unit_a, unit_b, 0.5).flatten(1)
+    torch.testing.assert_close(middle.norm(dim=1), torch.ones(2))
+    angles = [torch.cosine_similarity(middle, x.flatten(1)) for x in (a, b)]
+    torch.testing.assert_close(angles[0], angles[1], rtol=1e-3, atol=1e-3)
+
+
+def test_a_move_is_so_many_standard_deviations_along_the_direction():
+    mean, std = torch.full((9,), 2.0), torch.linspace(1, 3, 9)
+    direction = torch.zeros(9)
+    direction[3] = -7.0
+    moved = move_along(mean[None], direction, 0.5, mean_D=mean, std_D=std)
+    expected = mean.clone()
+    expected[3] -= 0.5 * 3 * std[3]  # sqrt(9) = 3
+    torch.testing.assert_close(moved, expected[None])
+    inside = move_along(
+        mean[None],
+        torch.ones(9),
+        0.5,
+        mean_D=mean,
+        std_D=std,
+        subsets=PARTITION.select(0, 10),
+    )
+    assert (inside != mean).tolist() == [[True] * 2 + [False] * 7]

@@ -394,3 +394,58 @@ def test_no_gradient_reaches_the_backbone_even_if_it_was_not_frozen():
     assert all(parameter.grad is not None for parameter in trained)
     assert z.grad is not None
     assert z.grad.count_nonzero() == z.numel()
+
+
+# --- what other published U-Nets do differently ---------------------------------------------------
+
+
+def test_learnt_variances_are_dropped_and_the_shift_has_none():
+    config = TINY.model_copy(update={"learn_sigma": True})
+    unet = randomised(UNet(config)).eval()
+    assert unet.out[2].weight.shape[0] == 2 * 3 * 4
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 700])
+    assert unet(x, t).shape == (2, 3, 8, 8)
+    decoder = ShiftDecoder(unet.requires_grad_(False), latent_dim=5)
+    assert decoder.shift_out[2].weight.shape[0] == 3 * 4
+    epsilon, shift = decoder(x, t, torch.randn(2, 5))
+    assert epsilon.shape == shift.shape == (2, 3, 8, 8)
+
+
+def test_convolutions_resample_where_residual_blocks_do_not():
+    config = TINY.model_copy(update={"resblock_updown": False})
+    unet = randomised(UNet(config)).eval()
+    keys = set(unet.state_dict())
+    assert {"input_blocks.2.0.op.weight", "output_blocks.1.2.conv.bias"} <= keys
+    assert unet(torch.randn(2, 3, 8, 8), torch.tensor([3, 700])).shape == (2, 3, 8, 8)
+    down, up = unet.input_blocks[2][0], unet.output_blocks[1][2]
+    h = torch.randn(1, down.op.in_channels, 4, 4)
+    expected = F.conv2d(h, down.op.weight, down.op.bias, stride=2, padding=1)
+    assert torch.equal(down(h), expected)
+    h = torch.randn(1, up.conv.in_channels, 2, 2)
+    doubled = h.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    torch.testing.assert_close(up(h), F.conv2d(doubled, up.conv.weight, up.conv.bias, padding=1))
+
+
+def test_the_timestep_can_be_added_instead_of_scaling():
+    block = randomised(ResBlock(32, 64, 16, scale_shift_norm=False, shift=True)).eval()
+    x, emb, emb_z = torch.randn(2, 32, 4, 4), torch.randn(2, 16), torch.randn(2, 16)
+    assert block.emb_layers[1].out_features == 64
+    h = block.in_layers(x) + block.emb_layers(emb)[:, :, None, None]
+    scale, shift = block.emb_z_layers(emb_z)[:, :, None, None].chunk(2, dim=1)
+    norm, *rest = block.out_layers
+    h = norm(h) * (1 + scale) + shift
+    for layer in rest:
+        h = layer(h)
+    torch.testing.assert_close(block(x, emb, emb_z), block.skip_connection(x) + h)
+
+
+def test_the_frozen_pass_is_computed_once_for_any_number_of_conditions():
+    unet = randomised(UNet(TINY)).requires_grad_(False).eval()
+    decoder = ShiftDecoder(unet, latent_dim=5).eval()
+    randomised(decoder.shift_out)
+    x, t, c = torch.randn(2, 3, 8, 8), torch.tensor([3, 700]), torch.randn(2, 5)
+    frozen = decoder.look(x, t)
+    assert not frozen.output_BCHW.requires_grad
+    assert torch.equal(frozen.output_BCHW, unet(x, t))
+    for condition in (c, 2 * c):
+        assert torch.equal(decoder.shift(frozen, condition), decoder(x, t, condition)[1])

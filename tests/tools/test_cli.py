@@ -2,14 +2,16 @@
 
 import json
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from configs.loading import dump_run
-from configs.schema import RunConfig
+from configs.schema import DitiTask, RunConfig
 from data_pipelines.local_s3 import LocalS3
 from data_pipelines.object_store import ObjectStore, join
+from tests.published_files import write_denoiser, write_run
 from tests.tiny_run import make_run
 from tools.cli import app
 
@@ -151,6 +153,38 @@ def test_exporting_a_run_without_checkpoints_is_refused(run, s3_url: str) -> Non
     refused(result, "no complete checkpoint")
 
 
+def test_an_export_is_of_one_run_or_of_one_file(tmp_path) -> None:
+    options = ("--shards", "s", "--out", "o")
+    refused(diti("export", *options), "exactly one", "neither")
+    file = str(write_run(tmp_path))
+    refused(diti("export", "r", "--checkpoint", file, *options), "exactly one", "r and", file)
+    refused(diti("export", "--checkpoint", file, "--step", "3", *options), "give no step")
+    refused(diti("export", "r", "--config", "c.yml", *options), "holds its own")
+    refused(diti("export", "--checkpoint", file + "x", *options), file + "x", "does not exist")
+    denoiser = str(write_denoiser(tmp_path / "dpm"))
+    refused(diti("export", "--checkpoint", denoiser, *options), denoiser, "without an encoder")
+
+
+def test_training_can_start_from_a_checkpoint_file(
+    tmp_path, run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[RunConfig] = []
+
+    def launch(config: RunConfig, local_dir: Path) -> NoReturn:
+        seen.append(config)
+        raise ValueError("launched")
+
+    monkeypatch.setattr("tools.cli._launch", launch)
+    monkeypatch.chdir(tmp_path)
+    refused(train(tmp_path, run, "--checkpoint", "some folder/latest.pt"), "launched")
+    refused(train(tmp_path, run, "--checkpoint", "s3://bucket/runs/other"), "launched")
+    tasks = [config.task for config in seen]
+    assert [isinstance(task, DitiTask) and task.start_from for task in tasks] == [
+        str(tmp_path / "some folder" / "latest.pt"),
+        "s3://bucket/runs/other",
+    ]
+
+
 def test_features_without_a_manifest_are_refused(s3_url: str) -> None:
     refused(diti("features", "show", s3_url), "manifest")
 
@@ -166,6 +200,8 @@ def test_features_without_a_manifest_are_refused(s3_url: str) -> None:
         ("data", "make"),
         ("backbone", "train"),
         ("backbone", "samples"),
+        ("backbone", "import"),
+        ("backbone", "inspect"),
         ("features", "show"),
         ("eval", "attributes"),
     ],

@@ -1,0 +1,557 @@
+"""Checkpoints of the published code, read as data: the frozen denoiser, encoder and shift path.
+
+    from pretrain.published import load_authors_checkpoint
+
+    checkpoint = load_authors_checkpoint("runs/celeba64/diti64/checkpoints/latest.pt")
+    checkpoint.partition, checkpoint.mode, checkpoint.unet  # what it is
+    model = checkpoint.build_diti()                         # eval mode, no gradients
+
+Three layouts are recognised by their keys (METHOD section 5): a pre-trained denoiser, a DiTi or
+PDAE run, and the bare state dict of an unconditional OpenAI guided-diffusion (ADM) U-Net. Nothing
+in a file is ever executed. What follows from shapes is taken from shapes; the rest comes from
+`config.yml`, from arguments, or from the published recipe, and `origins` says which.
+"""
+
+import hashlib
+import logging
+import pickle
+import struct
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from safetensors.torch import load as load_safetensors
+from torch import Tensor, nn
+
+from configs.schema import (
+    BackboneConfig,
+    DitiTask,
+    EncoderConfig,
+    PublishedPartition,
+    ScheduleConfig,
+    UNetConfig,
+)
+from data_pipelines.object_store import ObjectStore, absolute
+from pretrain import checkpoint
+from pretrain.backbone import Backbone, digest_of_state, state_problems
+from pretrain.diti import DiTi
+from pretrain.encoder import Encoder
+from pretrain.partition import Partition, make_partition
+from pretrain.published_config import (
+    DEFAULT,
+    SHAPES,
+    Arguments,
+    LayoutError,
+    Mode,
+    PublishedConfig,
+    check_encoder,
+    check_unet,
+    find_dropout,
+    find_heads,
+    find_image_size,
+    find_mode,
+    find_partition,
+    find_schedule,
+    read_config,
+    validated,
+)
+from pretrain.published_shapes import encoder_shape, unet_fields
+from pretrain.shift_decoder import ShiftDecoder
+from pretrain.unet import UNet
+
+Kind = Literal["dpm", "diti", "pdae", "adm"]
+ConfigSource = str | Path | Mapping[str, Any]
+
+KIND_NAMES: dict[Kind, str] = {
+    "dpm": "pre-trained denoiser of the authors' layout",
+    "diti": "DiTi run",
+    "pdae": "PDAE run",
+    "adm": "unconditional ADM (guided-diffusion) denoiser",
+}
+
+_PREFIXES = ("_orig_mod.", "module.")  # of torch.compile and of DistributedDataParallel
+_FROZEN = ("time_embed.", "input_blocks.", "middle_block.", "output_blocks.", "out.")
+_FILE_ENDINGS = (".pt", ".pth", ".ckpt")
+_AUTHORS_DROPOUT = 0.1
+Module = TypeVar("Module", bound=nn.Module)
+_LOG = logging.getLogger(__name__)
+
+
+class PublishedCheckpointError(ValueError):
+    """A file is no checkpoint of a published layout, is damaged, or contradicts its config.yml."""
+
+
+@dataclass(frozen=True, slots=True)
+class AuthorsCheckpoint:
+    """What one published checkpoint holds; tensors are float32 on the CPU.
+
+    State dicts use this project's names: `backbone` those of `UNet`, `encoder` those of `Encoder`,
+    `shift` those of `ShiftDecoder` without its backbone. The last two are empty for denoisers.
+    """
+
+    source: str
+    sha256: str
+    """Of the whole file."""
+    kind: Kind
+    step: int | None
+    """Optimizer steps; None when the file does not say."""
+    ema: bool
+    """Averaged weights, not the online ones."""
+    unet: UNetConfig
+    schedule: ScheduleConfig
+    image_size_px: int | None
+    """None for a denoiser of which neither config.yml nor an argument tells it."""
+    backbone: dict[str, Tensor]
+    encoder_config: EncoderConfig | None
+    encoder: dict[str, Tensor]
+    shift: dict[str, Tensor]
+    partition_config: PublishedPartition | None
+    mode: Mode | None
+    """What the decoder saw in training; `no_pdae` is a baseline whose decoder was not trained."""
+    config: PublishedConfig
+    origins: dict[str, str]
+    """Where each thing was found: shapes of the weights, a config.yml, an argument, a default."""
+    prediction: Literal["epsilon"] = "epsilon"
+
+    @property
+    def backbone_sha256(self) -> str:
+        """Over names and values of the frozen part."""
+        return digest_of_state(self.backbone)
+
+    @property
+    def partition(self) -> Partition | None:
+        """The authors' own cut; one subset for PDAE; None for a denoiser."""
+        if self.partition_config is None or self.encoder_config is None:
+            return None
+        return make_partition(self.partition_config, self.encoder_config.latent_dim)
+
+    def task(self) -> DitiTask:
+        """The DiTi task that would train such a model.
+
+        Raises:
+            PublishedCheckpointError: the file holds a denoiser only, or a decoder never trained.
+        """
+        if self.encoder_config is None or self.partition_config is None or self.mode is None:
+            raise self._lacks_encoder()
+        if self.mode == "no_pdae":
+            raise PublishedCheckpointError(
+                f"{self.source} is of a baseline run (pdae_mode no_pdae), whose decoder was never "
+                f"trained; only its encoder can be used"
+            )
+        where = self.source if "://" in self.source else f"file://{self.source}"
+        return DitiTask(
+            kind="diti",
+            backbone=BackboneConfig(weights=where, sha256=self.backbone_sha256),
+            encoder=self.encoder_config,
+            partition=self.partition_config,
+            mode=self.mode,
+        )
+
+    def build_backbone(self) -> Backbone:
+        """The frozen denoiser.
+
+        Raises:
+            PublishedCheckpointError: the size of its images is not known.
+        """
+        if self.image_size_px is None:
+            raise PublishedCheckpointError(
+                f"{self.source} does not tell the size of its images, nor does {self.config.name}; "
+                f"give image_size_px"
+            )
+        unet = _filled(UNet, self.backbone, self.unet)
+        return Backbone(
+            unet, self.schedule, self.image_size_px, self.backbone_sha256, self.prediction
+        )
+
+    def build_encoder(self) -> Encoder:
+        """The encoder, in eval mode without gradients.
+
+        Raises:
+            PublishedCheckpointError: the file holds a denoiser only.
+        """
+        if self.encoder_config is None or self.image_size_px is None:
+            raise self._lacks_encoder()
+        return _filled(Encoder, self.encoder, self.encoder_config, image_size_px=self.image_size_px)
+
+    def build_diti(self) -> DiTi:
+        """The whole model, in eval mode without gradients.
+
+        Raises:
+            PublishedCheckpointError: as `task` and `build_backbone`.
+        """
+        task, backbone = self.task(), self.build_backbone()
+        model = DiTi(task, backbone, image_size_px=backbone.image_size_px)
+        frozen = {f"decoder.backbone.{name}": value for name, value in self.backbone.items()}
+        model.load_state_dict(self.trained_weights() | frozen)
+        return model.requires_grad_(False).eval()
+
+    def trained_weights(self) -> dict[str, Tensor]:
+        """Encoder and shift path by the names that they have in `DiTi`.
+
+        Raises:
+            PublishedCheckpointError: the file holds a denoiser only.
+        """
+        if self.encoder_config is None:
+            raise self._lacks_encoder()
+        return {f"encoder.{name}": value for name, value in self.encoder.items()} | {
+            f"decoder.{name}": value for name, value in self.shift.items()
+        }
+
+    def _lacks_encoder(self) -> PublishedCheckpointError:
+        return PublishedCheckpointError(
+            f"{self.source} is a {KIND_NAMES[self.kind]} without an encoder; a checkpoint of a "
+            f"DiTi or PDAE run is needed here"
+        )
+
+
+def load_authors_checkpoint(
+    path: str | Path,
+    *,
+    config: ConfigSource | None = None,
+    ema: bool = True,
+    store: ObjectStore | None = None,
+    image_size_px: int | None = None,
+    num_heads: int | None = None,
+    head_channels: int | None = None,
+    attention_order: Literal["legacy", "new"] | None = None,
+) -> AuthorsCheckpoint:
+    """Read a checkpoint that the published code, PDAE's or OpenAI's guided-diffusion wrote.
+
+    What no shape tells is taken from `config`, else from the arguments, else from the published
+    recipe: 1 attention head, legacy channel order, dropout 0.1, linear betas from 1e-4 to 0.02 over
+    1000 steps; one subset for PDAE; for a DiTi run of 512 dimensions the 64 subsets of the paper in
+    mode `base`. ADM files need `num_heads` or `head_channels`, and have no dropout.
+
+    Args:
+        path: a local `.pt` file, or a URL.
+        config: a config.yml, or its parsed content. By default one beside the file or one folder
+            up is taken, together with the `trained_ddpm_config` that it names, if that is found.
+        ema: the averaged weights; False takes the online ones.
+        store: reads `path` and `config`; by default one with standard settings.
+        image_size_px: side of a denoiser's images; encoders tell it by their shapes.
+        num_heads, head_channels, attention_order: how attention splits its channels.
+
+    Raises:
+        PublishedCheckpointError: the file is damaged, would execute code, is of no known layout, or
+            lacks or adds tensors, or it and config.yml or an argument contradict each other.
+        ObjectMissingError, StoreError: it, or the given config, cannot be read.
+    """
+    store = store or ObjectStore()
+    source = absolute(str(path))
+    arguments = Arguments(image_size_px, num_heads, head_channels, attention_order)
+    try:
+        with _local_copy(store, source) as file:
+            digest = _sha256(file)
+            parts = _take_apart(_read_weights_only(file), ema=ema)
+        found = read_config(store, config, source)
+        return _assemble(source, digest, parts, found, arguments, ema=ema)
+    except LayoutError as error:
+        raise PublishedCheckpointError(f"{path}: {error}") from error
+
+
+def initial_weights(
+    source: str | Path,
+    store: ObjectStore | None = None,
+    expected: Mapping[str, Sequence[int]] | None = None,
+) -> dict[str, Tensor]:
+    """Weights to start a DiTi run from: encoder and shift path, averaged, by `DiTi`'s names.
+
+    Args:
+        source: a checkpoint file in the published layout, or the folder of a run of this project,
+            of which the newest complete checkpoint is taken.
+        store: reads `source`.
+        expected: names and shapes of the parameters to fill; anything else is refused.
+
+    Raises:
+        PublishedCheckpointError: names or shapes differ from `expected`, or as
+            `load_authors_checkpoint`.
+        CheckpointError: the run has no complete checkpoint, or a damaged one.
+    """
+    store = store or ObjectStore()
+    url = absolute(str(source))
+    if url.endswith(_FILE_ENDINGS) or store.exists(url):
+        weights = load_authors_checkpoint(url, store=store).trained_weights()
+    else:
+        manifest = checkpoint.find(store, url, None)
+        data = checkpoint.read_file(store, url, manifest, checkpoint.EMA_NAME)
+        weights = load_safetensors(data)
+    if expected is not None and (problems := state_problems(_shapes(weights), expected)):
+        raise PublishedCheckpointError(
+            f"{source} cannot start this run: its encoder and shift path are of another shape; "
+            f"{problems}. Give task.encoder and task.backbone the shapes of that file."
+        )
+    return weights
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """The tensors of one file by part, before their meaning is known."""
+
+    layout: Literal["dpm", "run", "adm"]
+    step: int | None
+    backbone: dict[str, Tensor]
+    encoder: dict[str, Tensor]
+    shift: dict[str, Tensor]
+    is_diti: bool
+
+
+def _assemble(
+    source: str,
+    digest: str,
+    parts: _Parts,
+    config: PublishedConfig,
+    arguments: Arguments,
+    *,
+    ema: bool,
+) -> AuthorsCheckpoint:
+    unet, unet_origins = _unet_of(parts, config, arguments)
+    schedule, schedule_origin = find_schedule(config)
+    origins = unet_origins | {"schedule": schedule_origin}
+    encoder = partition = mode = None
+    kind: Kind = "adm" if parts.layout == "adm" else "dpm"
+    if parts.layout == "run":
+        encoder, image_size_px = _encoder_of(parts, unet, config)
+        if arguments.image_size_px not in (None, image_size_px):
+            raise LayoutError(
+                f"its encoder takes {image_size_px} px images, but the argument image_size_px is "
+                f"{arguments.image_size_px}; leave the argument out"
+            )
+        partition, origins["partition"] = find_partition(
+            config,
+            latent_dim=encoder.latent_dim,
+            num_timesteps=schedule.num_timesteps,
+            is_diti=parts.is_diti,
+        )
+        mode, origins["mode"] = find_mode(config)
+        origins |= {"encoder": SHAPES, "image size": SHAPES}
+        kind = "diti" if partition.num_subsets > 1 or parts.is_diti else "pdae"
+    else:
+        image_size_px, origins["image size"] = find_image_size(config, arguments)
+    if assumed := [what for what, origin in origins.items() if origin == DEFAULT]:
+        _LOG.warning(
+            "%s: %s stood in no file, so the published recipe's are taken",
+            source,
+            " and ".join(assumed),
+        )
+    return AuthorsCheckpoint(
+        source=source,
+        sha256=digest,
+        kind=kind,
+        step=parts.step,
+        ema=ema,
+        unet=unet,
+        schedule=schedule,
+        image_size_px=image_size_px,
+        backbone=parts.backbone,
+        encoder_config=encoder,
+        encoder=parts.encoder,
+        shift=parts.shift,
+        partition_config=partition,
+        mode=mode,
+        config=config,
+        origins=origins,
+    )
+
+
+def _unet_of(
+    parts: _Parts, config: PublishedConfig, arguments: Arguments
+) -> tuple[UNetConfig, dict[str, str]]:
+    """The U-Net that the file's tensors fit exactly."""
+    fields = unet_fields(_shapes(parts.backbone))
+    check_unet(config, fields)
+    heads = find_heads(config, arguments, needed=parts.layout == "adm")
+    unet = validated(
+        UNetConfig,
+        "its U-Net",
+        **fields,
+        num_heads=heads.num_heads,
+        head_channels=heads.head_channels,
+        attention_order=heads.attention_order,
+        dropout=find_dropout(config, 0.0 if parts.layout == "adm" else _AUTHORS_DROPOUT),
+    )
+    with torch.device("meta"):
+        _check_fit("denoiser", parts.backbone, UNet(unet).state_dict())
+    return unet, {"U-Net": SHAPES, "attention heads": heads.origin}
+
+
+def _encoder_of(
+    parts: _Parts, unet: UNetConfig, config: PublishedConfig
+) -> tuple[EncoderConfig, int]:
+    """The encoder and its image size; encoder and shift path fit exactly."""
+    encoder, image_size_px = encoder_shape(_shapes(parts.encoder))
+    check_encoder(config, latent_dim=encoder.latent_dim, image_size_px=image_size_px)
+    with torch.device("meta"):
+        wanted = Encoder(encoder, image_size_px=image_size_px).state_dict()
+        decoder = ShiftDecoder(UNet(unet), latent_dim=encoder.latent_dim).state_dict()
+    _check_fit("encoder", parts.encoder, wanted)
+    shift = {name: t for name, t in decoder.items() if not name.startswith("backbone.")}
+    _check_fit("shift path", parts.shift, shift)
+    return encoder, image_size_px
+
+
+def _check_fit(part: str, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    if problems := state_problems(_shapes(found), _shapes(wanted)):
+        raise LayoutError(
+            f"its {part} does not have the tensors of a published one; {problems}. The file is "
+            f"incomplete, or of an architecture that is not supported."
+        )
+
+
+def _filled(kind: type[Module], state: dict[str, Tensor], *args: Any, **kwargs: Any) -> Module:
+    """`kind(*args, **kwargs)` with these weights, frozen and in eval mode."""
+    module = kind(*args, **kwargs)
+    module.load_state_dict(state)
+    return module.requires_grad_(False).eval()
+
+
+# --- from file to parts ---------------------------------------------------------------------------
+
+
+@contextmanager
+def _local_copy(store: ObjectStore, url: str) -> Iterator[Path]:
+    """The file itself when it is local, else a copy that lasts as long as the block."""
+    store.stat(url)
+    if "://" not in url or url.startswith("file://"):
+        yield Path(url.removeprefix("file://"))
+        return
+    with tempfile.TemporaryDirectory(prefix="diti-") as folder:
+        copy = Path(folder, "checkpoint.pt")
+        store.download(url, copy)
+        yield copy
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_weights_only(path: Path) -> Any:
+    """The file's content; a pickle that asks for more than tensors and plain values is refused."""
+    damaged = (
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        LookupError,
+        AssertionError,
+        OverflowError,
+        struct.error,
+    )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about old pickle protocols
+            return torch.load(
+                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+            )
+    except pickle.UnpicklingError as error:
+        asked = str(error).partition("Unsupported global: GLOBAL ")[2].split(" ")[0]
+        if asked:
+            raise LayoutError(
+                f"it would run code when it is loaded (it asks for {asked}), so it is not; get a "
+                f"file that holds tensors and plain values only"
+            ) from error
+        raise _not_whole(path) from error
+    except damaged as error:
+        raise _not_whole(path) from error
+
+
+def _not_whole(path: Path) -> LayoutError:
+    return LayoutError(
+        f"it is not a whole PyTorch checkpoint ({path.stat().st_size} bytes): truncated, damaged "
+        f"or another kind of file; fetch it again"
+    )
+
+
+def _take_apart(content: Any, *, ema: bool) -> _Parts:
+    """Recognise the layout by its keys and copy the tensors that are wanted."""
+    if not isinstance(content, Mapping):
+        raise LayoutError(
+            f"it holds one {type(content).__name__}, not a dictionary of weights; give a "
+            f"checkpoint of a DiTi or PDAE run, their denoiser's, or an ADM state dict"
+        )
+    keys = {str(key) for key in content}
+    if keys & {"encoder", "ema_encoder"} and keys & {"decoder", "ema_decoder"}:
+        decoder = _state(content, "decoder", ema=ema)
+        frozen = {name: t for name, t in decoder.items() if name.startswith(_FROZEN)}
+        return _Parts(
+            layout="run",
+            step=_step(content),
+            backbone=_copied(frozen),
+            encoder=_copied(_state(content, "encoder", ema=ema)),
+            shift=_copied({name: t for name, t in decoder.items() if name not in frozen}),
+            is_diti="ssl_model" in keys,
+        )
+    if keys & {"denoise_fn", "ema_denoise_fn"}:
+        backbone = _copied(_state(content, "denoise_fn", ema=ema))
+        return _Parts("dpm", _step(content), backbone, {}, {}, is_diti=False)
+    if any(name.endswith("time_embed.0.weight") for name in keys):
+        if not ema:
+            raise LayoutError(
+                "an ADM state dict holds one set of weights, so there are none without averaging "
+                "to choose; leave that choice out"
+            )
+        return _Parts("adm", None, _copied(_tensors(content, "it")), {}, {}, is_diti=False)
+    raise LayoutError(
+        f"its layout is unknown: the top-level keys are {_first(sorted(keys))}. Known are runs "
+        f"(encoder, decoder and their ema_ versions), denoisers (denoise_fn, ema_denoise_fn) and "
+        f"bare ADM state dicts (time_embed.0.weight, ...)"
+    )
+
+
+def _state(content: Mapping[Any, Any], name: str, *, ema: bool) -> dict[str, Tensor]:
+    key = f"ema_{name}" if ema else name
+    if key not in content:
+        other = "take the averaged ones" if not ema else "take the online ones (ema=False)"
+        raise LayoutError(f"it has no {key}, only {_first(sorted(map(str, content)))}; {other}")
+    return _tensors(content[key], key)
+
+
+def _tensors(state: Any, what: str) -> dict[str, Tensor]:
+    """Names without wrappers' prefixes, to tensors."""
+    if not isinstance(state, Mapping):
+        raise LayoutError(f"{what} is a {type(state).__name__}, not a dictionary of tensors")
+    strange = sorted(str(name) for name, value in state.items() if not isinstance(value, Tensor))
+    if strange:
+        raise LayoutError(f"{what} holds values that are no tensors: {_first(strange)}")
+    tensors = {_unwrapped(str(name)): value for name, value in state.items()}
+    if len(tensors) != len(state):
+        raise LayoutError(f"{what} holds tensors twice, with and without a wrapper's prefix")
+    return tensors
+
+
+def _unwrapped(name: str) -> str:
+    while name.startswith(_PREFIXES):
+        name = name.partition(".")[2]
+    return name
+
+
+def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """float32 copies that no longer lean on the file."""
+    return {
+        name: tensor.detach().to(torch.float32, copy=True).contiguous()
+        for name, tensor in state.items()
+    }
+
+
+def _step(content: Mapping[Any, Any]) -> int | None:
+    step = content.get("step")
+    if isinstance(step, Tensor) and step.numel() == 1:
+        step = int(step.item())
+    return step if isinstance(step, int) else None
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def _first(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
