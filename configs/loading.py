@@ -20,9 +20,6 @@ from pydantic_core import ErrorDetails
 
 from configs.schema import RunConfig
 
-# Names of union branches, which pydantic puts into the places that it reports.
-_TAGS = ("diti", "denoiser", "stages", "published")
-
 
 class ConfigError(ValueError):
     """A run file or an override is wrong; the message lists every problem."""
@@ -185,12 +182,9 @@ def _describe(details: ErrorDetails) -> str:
 
 
 def _without_tags(location: tuple[int | str, ...]) -> list[int | str]:
-    """`location` without the names of union branches that pydantic puts into it."""
-    return [
-        part
-        for before, part in pairwise(("", *location))
-        if not (before in ("task", "partition") and part in _TAGS)
-    ]
+    """`location` without the branch's name that pydantic puts behind each union."""
+    unions = ("task", "partition")
+    return [part for before, part in pairwise(("", *location)) if before not in unions]
 
 
 def _nearest(location: tuple[int | str, ...]) -> str:

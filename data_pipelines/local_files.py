@@ -4,6 +4,7 @@ A file appears under its name whole or not at all: it is written under a hidden 
 the same folder, flushed to disk, and then moved. `.partial` files of killed writers are not listed.
 """
 
+import hashlib
 import os
 import shutil
 import uuid
@@ -37,6 +38,12 @@ def local_errors(url: str) -> Iterator[None]:
         raise AccessRefusedError(f"{url} is not accessible to this user: {error}") from error
     except OSError as error:
         raise StoreError(f"{url}: {error}") from error
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a local file, read piece by piece."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def file_info(path: Path, url: str) -> ObjectInfo:

@@ -125,11 +125,18 @@ def state_problems(found: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequ
         ("extra", sorted(found.keys() - wanted.keys())),
         ("wrong shape", misshapen),
     )
-    return "; ".join(
-        f"{what}: {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
-        for what, names in problems
-        if names
-    )
+    return "; ".join(f"{what}: {first_few(names)}" for what, names in problems if names)
+
+
+def first_few(names: Sequence[str]) -> str:
+    """The first five names, and how many more there are."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
+
+
+def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Names to shapes, as `state_problems` compares them."""
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def _read(store: ObjectStore, url: str) -> bytes:
@@ -173,9 +180,7 @@ def _parse_weights(data: bytes, url: str) -> dict[str, Tensor]:
 
 
 def _load_exactly(unet: UNet, state: dict[str, Tensor], url: str) -> None:
-    found = {name: tensor.shape for name, tensor in state.items()}
-    wanted = {name: tensor.shape for name, tensor in unet.state_dict().items()}
-    if problems := state_problems(found, wanted):
+    if problems := state_problems(shapes_of(state), shapes_of(unet.state_dict())):
         raise BackboneError(
             f"backbone {url} does not fit the U-Net on its card; {problems}. "
             f"Use the card that was written with these weights."

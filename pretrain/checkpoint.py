@@ -22,6 +22,7 @@ from pydantic import ValidationError
 
 from configs.loading import problems_of
 from configs.schema import RunConfig
+from data_pipelines.local_files import sha256_of
 from data_pipelines.object_store import ObjectMissingError, ObjectStore, join
 from pretrain.world import World, from_first_rank, gather_from_ranks
 
@@ -102,7 +103,7 @@ def publish(
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()
         info = store.upload(path, join(where, parts, name))
-        mine[name] = (info.size_bytes, _sha256(path))
+        mine[name] = (info.size_bytes, sha256_of(path))
         if info.size_bytes != path.stat().st_size:
             raise CheckpointError(
                 f"{info.url} has {info.size_bytes} bytes in the store, {path.stat().st_size} were "
@@ -294,11 +295,6 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
             _flat(inner, f"{prefix}{key}.") if isinstance(inner, Mapping) else {prefix + key: inner}
         )
     return flat
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write_json(store: ObjectStore, url: str, value: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ from pretrain.noise_schedule import NoiseSchedule
 from pretrain.partition import Masks
 
 Mode = Literal["base", "stop_grad", "dual"]
+Weight = Literal["snr", "constant", "min_snr"]
 
 
 def denoising_loss(target_BCHW: Tensor, estimate_BCHW: Tensor) -> Tensor:
@@ -44,7 +45,7 @@ def conditions(masks: Masks, mode: Mode, z_BD: Tensor, t_B: Tensor) -> list[Tens
 def loss_weight(
     schedule: NoiseSchedule,
     t_B: Tensor,
-    weight: Literal["snr", "constant", "min_snr"],
+    weight: Weight,
     *,
     snr_gamma: float = 0.1,
     min_snr_cap: float = 5.0,
@@ -65,7 +66,7 @@ def diti_loss(
     noise_BCHW: Tensor,
     epsilon_BCHW: Tensor,
     shift_BCHW: Tensor,
-    weight: Literal["snr", "constant", "min_snr"] = "snr",
+    weight: Weight = "snr",
     snr_gamma: float = 0.1,
     min_snr_cap: float = 5.0,
 ) -> Tensor:

@@ -9,8 +9,8 @@ from data_pipelines.shard_index import ShardIndex, read_index, verify_listing
 from pretrain import checkpoint
 from pretrain.backbone import load_backbone
 from pretrain.diti import DiTi
-from pretrain.published import initial_weights
 from pretrain.run_plan import RunPlan, plan_run
+from pretrain.trained import initial_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +51,7 @@ def load_start(model: DiTi, store: ObjectStore) -> None:
     """
     if model.task.start_from is None:
         return
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    shapes = {name: tuple(parameter.shape) for name, parameter in trained.items()}
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters() if p.requires_grad}
     model.load_state_dict(initial_weights(model.task.start_from, store, shapes), strict=False)
 
 

@@ -12,21 +12,19 @@ in a file is ever executed. What follows from shapes is taken from shapes; the r
 `config.yml`, from arguments, or from the published recipe, and `origins` says which.
 """
 
-import hashlib
 import logging
 import pickle
 import struct
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
 from configs.schema import (
@@ -37,9 +35,9 @@ from configs.schema import (
     ScheduleConfig,
     UNetConfig,
 )
+from data_pipelines.local_files import sha256_of
 from data_pipelines.object_store import ObjectStore, absolute
-from pretrain import checkpoint
-from pretrain.backbone import Backbone, digest_of_state, state_problems
+from pretrain.backbone import Backbone, digest_of_state, first_few, shapes_of, state_problems
 from pretrain.diti import DiTi
 from pretrain.encoder import Encoder
 from pretrain.partition import Partition, make_partition
@@ -77,7 +75,6 @@ KIND_NAMES: dict[Kind, str] = {
 
 _PREFIXES = ("_orig_mod.", "module.")  # of torch.compile and of DistributedDataParallel
 _FROZEN = ("time_embed.", "input_blocks.", "middle_block.", "output_blocks.", "out.")
-_FILE_ENDINGS = (".pt", ".pth", ".ckpt")
 _AUTHORS_DROPOUT = 0.1
 Module = TypeVar("Module", bound=nn.Module)
 _LOG = logging.getLogger(__name__)
@@ -247,46 +244,12 @@ def load_authors_checkpoint(
     arguments = Arguments(image_size_px, num_heads, head_channels, attention_order)
     try:
         with _local_copy(store, source) as file:
-            digest = _sha256(file)
+            digest = sha256_of(file)
             parts = _take_apart(_read_weights_only(file), ema=ema)
         found = read_config(store, config, source)
         return _assemble(source, digest, parts, found, arguments, ema=ema)
     except LayoutError as error:
         raise PublishedCheckpointError(f"{path}: {error}") from error
-
-
-def initial_weights(
-    source: str | Path,
-    store: ObjectStore | None = None,
-    expected: Mapping[str, Sequence[int]] | None = None,
-) -> dict[str, Tensor]:
-    """Weights to start a DiTi run from: encoder and shift path, averaged, by `DiTi`'s names.
-
-    Args:
-        source: a checkpoint file in the published layout, or the folder of a run of this project,
-            of which the newest complete checkpoint is taken.
-        store: reads `source`.
-        expected: names and shapes of the parameters to fill; anything else is refused.
-
-    Raises:
-        PublishedCheckpointError: names or shapes differ from `expected`, or as
-            `load_authors_checkpoint`.
-        CheckpointError: the run has no complete checkpoint, or a damaged one.
-    """
-    store = store or ObjectStore()
-    url = absolute(str(source))
-    if url.endswith(_FILE_ENDINGS) or store.exists(url):
-        weights = load_authors_checkpoint(url, store=store).trained_weights()
-    else:
-        manifest = checkpoint.find(store, url, None)
-        data = checkpoint.read_file(store, url, manifest, checkpoint.EMA_NAME)
-        weights = load_safetensors(data)
-    if expected is not None and (problems := state_problems(_shapes(weights), expected)):
-        raise PublishedCheckpointError(
-            f"{source} cannot start this run: its encoder and shift path are of another shape; "
-            f"{problems}. Give task.encoder and task.backbone the shapes of that file."
-        )
-    return weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -363,7 +326,7 @@ def _unet_of(
     parts: _Parts, config: PublishedConfig, arguments: Arguments
 ) -> tuple[UNetConfig, dict[str, str]]:
     """The U-Net that the file's tensors fit exactly."""
-    fields = unet_fields(_shapes(parts.backbone))
+    fields = unet_fields(shapes_of(parts.backbone))
     check_unet(config, fields)
     heads = find_heads(config, arguments, needed=parts.layout == "adm")
     unet = validated(
@@ -384,7 +347,7 @@ def _encoder_of(
     parts: _Parts, unet: UNetConfig, config: PublishedConfig
 ) -> tuple[EncoderConfig, int]:
     """The encoder and its image size; encoder and shift path fit exactly."""
-    encoder, image_size_px = encoder_shape(_shapes(parts.encoder))
+    encoder, image_size_px = encoder_shape(shapes_of(parts.encoder))
     check_encoder(config, latent_dim=encoder.latent_dim, image_size_px=image_size_px)
     with torch.device("meta"):
         wanted = Encoder(encoder, image_size_px=image_size_px).state_dict()
@@ -396,7 +359,7 @@ def _encoder_of(
 
 
 def _check_fit(part: str, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    if problems := state_problems(_shapes(found), _shapes(wanted)):
+    if problems := state_problems(shapes_of(found), shapes_of(wanted)):
         raise LayoutError(
             f"its {part} does not have the tensors of a published one; {problems}. The file is "
             f"incomplete, or of an architecture that is not supported."
@@ -424,11 +387,6 @@ def _local_copy(store: ObjectStore, url: str) -> Iterator[Path]:
         copy = Path(folder, "checkpoint.pt")
         store.download(url, copy)
         yield copy
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_weights_only(path: Path) -> Any:
@@ -500,7 +458,7 @@ def _take_apart(content: Any, *, ema: bool) -> _Parts:
             )
         return _Parts("adm", None, _copied(_tensors(content, "it")), {}, {}, is_diti=False)
     raise LayoutError(
-        f"its layout is unknown: the top-level keys are {_first(sorted(keys))}. Known are runs "
+        f"its layout is unknown: the top-level keys are {first_few(sorted(keys))}. Known are runs "
         f"(encoder, decoder and their ema_ versions), denoisers (denoise_fn, ema_denoise_fn) and "
         f"bare ADM state dicts (time_embed.0.weight, ...)"
     )
@@ -510,7 +468,7 @@ def _state(content: Mapping[Any, Any], name: str, *, ema: bool) -> dict[str, Ten
     key = f"ema_{name}" if ema else name
     if key not in content:
         other = "take the averaged ones" if not ema else "take the online ones (ema=False)"
-        raise LayoutError(f"it has no {key}, only {_first(sorted(map(str, content)))}; {other}")
+        raise LayoutError(f"it has no {key}, only {first_few(sorted(map(str, content)))}; {other}")
     return _tensors(content[key], key)
 
 
@@ -520,7 +478,7 @@ def _tensors(state: Any, what: str) -> dict[str, Tensor]:
         raise LayoutError(f"{what} is a {type(state).__name__}, not a dictionary of tensors")
     strange = sorted(str(name) for name, value in state.items() if not isinstance(value, Tensor))
     if strange:
-        raise LayoutError(f"{what} holds values that are no tensors: {_first(strange)}")
+        raise LayoutError(f"{what} holds values that are no tensors: {first_few(strange)}")
     tensors = {_unwrapped(str(name)): value for name, value in state.items()}
     if len(tensors) != len(state):
         raise LayoutError(f"{what} holds tensors twice, with and without a wrapper's prefix")
@@ -546,12 +504,3 @@ def _step(content: Mapping[Any, Any]) -> int | None:
     if isinstance(step, Tensor) and step.numel() == 1:
         step = int(step.item())
     return step if isinstance(step, int) else None
-
-
-def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}
-
-
-def _first(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from configs.schema import PublishedPartition, ScheduleConfig
+from configs.schema import PublishedPartition, ScheduleConfig, StagedPartition
 from data_pipelines.object_store import ObjectStore, absolute
 from pretrain.partition import published_partition
 
@@ -22,9 +22,7 @@ DEFAULT = "default of the published recipe"
 ARGUMENT = "argument"
 SHAPES = "shapes of the weights"
 
-PAPER_LATENT_DIM = 512
-PAPER_STAGES = ((50, 100, 300, 500, 1000), (10, 25, 327, 100, 50))
-PAPER_SUBSETS = 64
+_PAPER = StagedPartition()  # whose stages both maps of time-steps share
 
 _PARENTS_SEARCHED = 5  # from runs/DATA/NAME/config.yml up to the folder above `runs`, and one more
 _UNET_FIELDS = {
@@ -405,14 +403,14 @@ def _readable(value: object) -> str:
 
 
 def _paper_partition(latent_dim: int, num_timesteps: int) -> PublishedPartition:
-    ends, dims = PAPER_STAGES
-    if (latent_dim, num_timesteps) != (PAPER_LATENT_DIM, ends[-1]):
+    ends, dims = _PAPER.stage_ends, _PAPER.stage_dims
+    if (latent_dim, num_timesteps) != (sum(dims), ends[-1]):
         raise LayoutError(
             f"how its {latent_dim} dimensions are cut stands in no config.yml beside it or one "
             f"folder up; give the run's config.yml (the published cut is one of "
-            f"{PAPER_LATENT_DIM} dimensions)"
+            f"{sum(dims)} dimensions)"
         )
-    return _partition(PAPER_SUBSETS, latent_dim, num_timesteps, ends, dims)
+    return _partition(sum(_PAPER.stage_subsets), latent_dim, num_timesteps, ends, dims)
 
 
 def _partition(

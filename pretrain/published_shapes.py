@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from configs.schema import EncoderConfig
+from pretrain.backbone import first_few
 from pretrain.published_config import LayoutError, validated
 
 Shapes = Mapping[str, Sequence[int]]
@@ -76,7 +77,7 @@ def encoder_shape(shapes: Shapes) -> tuple[EncoderConfig, int]:
     if not channels or latent_dim is None or flat is None:
         raise LayoutError(
             f"its encoder is none of the published convolutional ones (they have names such as "
-            f"encoder.0.weight); it has {_some(shapes)}"
+            f"encoder.0.weight); it has {first_few(sorted(shapes))}"
         )
     side = math.isqrt(flat // channels[-1])
     if side * side * channels[-1] != flat:
@@ -118,16 +119,10 @@ def _count(shapes: Shapes, name: str) -> int:
 def _shape(shapes: Shapes, name: str, num_axes: int) -> Sequence[int]:
     if name not in shapes:
         raise LayoutError(
-            f"it has no {name}, which every ADM-type U-Net has; it has {_some(shapes)}"
+            f"it has no {name}, which every ADM-type U-Net has; it has {first_few(sorted(shapes))}"
         )
     if len(shapes[name]) != num_axes:
         raise LayoutError(
             f"{name} has shape {tuple(shapes[name])}; {num_axes} axes are needed (images are 2-D)"
         )
     return shapes[name]
-
-
-def _some(shapes: Shapes) -> str:
-    names = sorted(shapes)
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more

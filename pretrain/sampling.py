@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pretrain.diti import DiTi
 from pretrain.noise_schedule import NoiseSchedule
-from pretrain.objective import conditions
+from pretrain.objective import conditions, shifted_estimate
 from pretrain.partition import Subset
 
 Estimate = Callable[[Tensor, Tensor], Tensor]
@@ -144,11 +144,12 @@ def diti_estimate(
         condition = conditions(model.masks, "base", z_BD, t_B)[0] if masked else z_BD
         epsilon, shift = model.epsilon_and_shift(x_BCHW, t_B, condition)
         if coefficient == "training":
-            s = model.schedule.shift_coefficient(t_B)
+            shifted = shifted_estimate(model.schedule, t_B, epsilon, shift)
         else:
-            s = -(1 - model.schedule.alpha_bar_T[t_B]).sqrt()[:, None, None, None]
+            noise_share = (1 - model.schedule.alpha_bar_T[t_B])[:, None, None, None]
+            shifted = epsilon - noise_share.sqrt() * shift
         steered = (t_B >= max(first, stop_below)) & (t_B < end)
-        return torch.where(steered[:, None, None, None], epsilon + s * shift, epsilon)
+        return torch.where(steered[:, None, None, None], shifted, epsilon)
 
     return estimate
 

@@ -1,6 +1,6 @@
 """What training has made, ready for use: from a run of this project, or from an authors' file."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,13 +9,19 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
 from configs.schema import DitiTask, RunConfig
-from data_pipelines.object_store import ObjectStore
+from data_pipelines.object_store import ObjectStore, absolute
 from pretrain import checkpoint
-from pretrain.backbone import digest_of_state, load_backbone
+from pretrain.backbone import digest_of_state, load_backbone, shapes_of, state_problems
 from pretrain.diti import DiTi
 from pretrain.encoder import Encoder
 from pretrain.partition import Partition, make_partition
-from pretrain.published import ConfigSource, load_authors_checkpoint
+from pretrain.published import (
+    ConfigSource,
+    PublishedCheckpointError,
+    load_authors_checkpoint,
+)
+
+_FILE_ENDINGS = (".pt", ".pth", ".ckpt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +157,38 @@ def load_denoiser_weights(
     """The averaged U-Net weights of a denoiser run's checkpoint, by the U-Net's own names."""
     weights = _weights(store, run_url, manifest, ema=True)
     return {name.removeprefix("unet."): tensor for name, tensor in weights.items()}
+
+
+def initial_weights(
+    source: str | Path,
+    store: ObjectStore | None = None,
+    expected: Mapping[str, Sequence[int]] | None = None,
+) -> Mapping[str, Tensor]:
+    """Weights to start a DiTi run from: encoder and shift path, averaged, by `DiTi`'s names.
+
+    Args:
+        source: a checkpoint file in the published layout, or the folder of a run of this project,
+            of which the newest complete checkpoint is taken.
+        store: reads `source`.
+        expected: names and shapes of the parameters to fill; anything else is refused.
+
+    Raises:
+        PublishedCheckpointError: names or shapes differ from `expected`, or as
+            `load_authors_checkpoint`.
+        CheckpointError: the run has no complete checkpoint, or a damaged one.
+    """
+    store = store or ObjectStore()
+    url = absolute(str(source))
+    if url.endswith(_FILE_ENDINGS) or store.exists(url):
+        weights = load_authors_checkpoint(url, store=store).trained_weights()
+    else:
+        weights = _weights(store, url, checkpoint.find(store, url, None), ema=True)
+    if expected is not None and (problems := state_problems(shapes_of(weights), expected)):
+        raise PublishedCheckpointError(
+            f"{source} cannot start this run: its encoder and shift path are of another shape; "
+            f"{problems}. Give task.encoder and task.backbone the shapes of that file."
+        )
+    return weights
 
 
 def digest_of(module: nn.Module) -> str:

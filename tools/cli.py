@@ -11,10 +11,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from enum import StrEnum
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -59,15 +58,8 @@ HeadChannels = Annotated[int | None, typer.Option(min=1, help="Channels per atte
 NumHeads = Annotated[int | None, typer.Option(min=1, help="Attention heads.")]
 
 
-class AttentionOrder(StrEnum):
-    """Channel layout of q, k, v."""
-
-    LEGACY = "legacy"
-    NEW = "new"
-
-
 Order = Annotated[
-    AttentionOrder | None,
+    Literal["legacy", "new"] | None,
     typer.Option(help="Heads before q, k, v (legacy) or after (new). Default: legacy."),
 ]
 
@@ -191,10 +183,9 @@ def backbone_train(
         from data_pipelines.object_store import ObjectStore
         from tools.backbone import check_backbone_run, write_backbone
 
-        _check_safetensors(out)
+        _check_backbone_out(ObjectStore(), out)
         config = load_run(run_file, tuple(overrides or ()))
         check_backbone_run(config)
-        ObjectStore().check_access(out.rpartition("/")[0] or ".", write=True)
         manifest = _launch(config, local_dir)
         command = " ".join(["diti", "backbone", "train", str(run_file), *(overrides or ())])
         digest = write_backbone(config, manifest, out, command=command)
@@ -239,11 +230,9 @@ def backbone_import(
         from data_pipelines.object_store import ObjectStore
         from tools.backbone import ImportOptions, import_backbone
 
-        _check_safetensors(out)
         store = ObjectStore()
-        store.check_access(out.rpartition("/")[0] or ".", write=True)
-        order = attention_order.value if attention_order else None
-        options = ImportOptions(config, ema, image_size, num_heads, head_channels, order)
+        _check_backbone_out(store, out)
+        options = ImportOptions(config, ema, image_size, num_heads, head_channels, attention_order)
         digest, summary = import_backbone(store, file, out, options)
         typer.echo(f"{out}: SHA-256 {digest}\n{summary}")
 
@@ -267,8 +256,7 @@ def backbone_inspect(
         from data_pipelines.object_store import ObjectStore
         from tools.backbone import ImportOptions, inspect_file
 
-        order = attention_order.value if attention_order else None
-        options = ImportOptions(config, ema, image_size, num_heads, head_channels, order)
+        options = ImportOptions(config, ema, image_size, num_heads, head_channels, attention_order)
         found = inspect_file(ObjectStore(), file, options)
         if as_json:
             typer.echo(json.dumps(found, indent=1))
@@ -515,9 +503,10 @@ def _in_a_line(value: Any) -> str:
     return ", ".join(f"{key} {inner}" for key, inner in value.items())
 
 
-def _check_safetensors(out: str) -> None:
+def _check_backbone_out(store: Any, out: str) -> None:
     if not out.endswith(".safetensors"):
         raise ValueError(f"--out must end in .safetensors, got {out!r}")
+    store.check_access(out.rpartition("/")[0] or ".", write=True)
 
 
 def _check_out_file(out: Path) -> None:

@@ -20,11 +20,10 @@ from pretrain.partition import published_partition
 from pretrain.published import (
     AuthorsCheckpoint,
     PublishedCheckpointError,
-    initial_weights,
     load_authors_checkpoint,
 )
 from pretrain.published_shapes import unet_fields
-from pretrain.trained import load_published_diti, load_published_encoder
+from pretrain.trained import initial_weights, load_published_diti, load_published_encoder
 from pretrain.unet import UNet
 from tests.published_files import (
     DENOISER_CONFIG,
