@@ -4,7 +4,7 @@ import math
 import signal
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import active_children, get_context
+from multiprocessing import get_context
 
 from data_pipelines.avatars import AvatarSpec, draw_avatar
 from data_pipelines.object_store import AlreadyExistsError, ObjectStore, join
@@ -62,9 +62,7 @@ def make_avatars(
             for task in as_completed(tasks):
                 shards[tasks[task]] = task.result()
                 on_shard(task.result().num_samples)
-        except BaseException:  # Ctrl-C too, which may strike inside the pool: end its processes
-            for process in active_children():
-                process.kill()
+        except BaseException:  # Ctrl-C too: what has not begun is not begun any more
             pool.shutdown(cancel_futures=True)
             raise
     return write_index(store, url, [shards[number] for number in range(num_shards)])
