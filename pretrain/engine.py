@@ -5,8 +5,10 @@ checkpoint. On CPU, DeepSpeed's own shared-memory collective is switched off: it
 takes minutes to build, and a rank whose peer dies spins in it for ever; gloo notices.
 """
 
+import ctypes
 import logging
 import os
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,8 @@ class Engine:
         world: World,
     ) -> None:
         deepspeed = _import_deepspeed(world)
+        if world.device.type == "cpu":
+            keep_freed_memory()
         self.zero_stage = engine.zero_stage
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._adam = torch.optim.AdamW(
@@ -46,6 +50,7 @@ class Engine:
             betas=optimizer.betas,
             eps=optimizer.eps,
             weight_decay=optimizer.weight_decay,
+            fused=True,
         )
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model,
@@ -128,6 +133,22 @@ def deepspeed_config(
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
     }
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep the memory of freed tensors for the next ones.
+
+    It gives large blocks back to the system otherwise, and every step pays for fetching and
+    clearing the same pages again.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:  # another C library
+        return
+    mmap_threshold, trim_threshold = -3, -1
+    mallopt(mmap_threshold, 32 * 2**20)  # the most that it accepts
+    mallopt(trim_threshold, -1)  # never
 
 
 def _import_deepspeed(world: World) -> Any:

@@ -15,8 +15,13 @@ from torch.nn import functional as F
 
 from configs.schema import UNetConfig
 from pretrain.attention import Kernel, sdpa
-
-NUM_GROUPS = 32
+from pretrain.layers import (
+    GroupNorm,
+    PointwiseConv1d,
+    PointwiseConv2d,
+    UpsampledConv2d,
+    to_fast_layout,
+)
 
 
 def timestep_embedding(t_B: Tensor, dim: int) -> Tensor:
@@ -25,19 +30,6 @@ def timestep_embedding(t_B: Tensor, dim: int) -> Tensor:
     exponents = torch.arange(half, dtype=torch.float32, device=t_B.device) / half
     angles = t_B[:, None].float() * torch.exp(-math.log(10000.0) * exponents)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
-
-
-class GroupNorm(nn.GroupNorm):
-    """GroupNorm(32) computed in float32 whatever the input's dtype."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(NUM_GROUPS, channels, eps=1e-5)
-
-    def forward(self, input: Tensor) -> Tensor:
-        if input.dtype == torch.float32 == self.weight.dtype:
-            return super().forward(input)
-        weight, bias = self.weight.float(), self.bias.float()
-        return F.group_norm(input.float(), NUM_GROUPS, weight, bias, self.eps).to(input.dtype)
 
 
 def zero_init(module: nn.Conv1d | nn.Conv2d) -> nn.Module:
@@ -75,9 +67,12 @@ class ResBlock(nn.Module):
         super().__init__()
         self.resample = resample
         self.scale_shift_norm = scale_shift_norm
-        self.in_layers = nn.Sequential(
-            GroupNorm(in_channels), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        conv_in = (
+            UpsampledConv2d(in_channels, out_channels)
+            if resample == "up"
+            else nn.Conv2d(in_channels, out_channels, 3, padding=1)
         )
+        self.in_layers = nn.Sequential(GroupNorm(in_channels), nn.SiLU(), conv_in)
         of_time = 2 * out_channels if scale_shift_norm else out_channels
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embed_dim, of_time))
         if shift:
@@ -91,12 +86,13 @@ class ResBlock(nn.Module):
         self.skip_connection: nn.Module = (
             nn.Identity()
             if in_channels == out_channels
-            else nn.Conv2d(in_channels, out_channels, 1)
+            else PointwiseConv2d(in_channels, out_channels)
         )
 
     def forward(self, x_BCHW: Tensor, emb_BE: Tensor, emb_z_BE: Tensor | None = None) -> Tensor:
-        norm_in, activation, conv_in = self.in_layers
-        h = conv_in(_resample(activation(norm_in(x_BCHW)), self.resample))
+        norm_in, activation_in, conv_in = self.in_layers
+        h = activation_in(norm_in(x_BCHW))
+        h = conv_in(F.avg_pool2d(h, 2) if self.resample == "down" else h)
         norm_out, *rest = self.out_layers
         of_time = self.emb_layers(emb_BE)[:, :, None, None]
         if self.scale_shift_norm:
@@ -128,10 +124,10 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = UpsampledConv2d(channels, channels)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        return self.conv(_resample(x_BCHW, "up"))
+        return self.conv(x_BCHW)
 
 
 class AttentionBlock(nn.Module):
@@ -143,21 +139,20 @@ class AttentionBlock(nn.Module):
         self.order = order
         self.kernel: Kernel = sdpa
         self.norm = GroupNorm(channels)
-        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
-        self.proj_out = zero_init(nn.Conv1d(channels, channels, 1))
+        self.qkv = PointwiseConv1d(channels, 3 * channels)
+        self.proj_out = zero_init(PointwiseConv1d(channels, channels))
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         B, C, H, W = x_BCHW.shape
-        x_BCL = x_BCHW.reshape(B, C, H * W)
-        qkv = self.qkv(self.norm(x_BCL))
+        qkv_BLC = self.qkv(self.norm(x_BCHW)).flatten(2).transpose(1, 2)
         K = C // self.num_heads
         if self.order == "legacy":  # heads first, q|k|v inside each head
-            q, k, v = qkv.reshape(B, self.num_heads, 3, K, H * W).unbind(2)
+            q, k, v = qkv_BLC.reshape(B, H * W, self.num_heads, 3, K).unbind(3)
         else:  # q|k|v first, heads inside each
-            q, k, v = qkv.reshape(B, 3, self.num_heads, K, H * W).unbind(1)
-        out_BHLK = self.kernel(q.transpose(2, 3), k.transpose(2, 3), v.transpose(2, 3))
-        out_BCL = out_BHLK.transpose(2, 3).reshape(B, C, H * W)
-        return (x_BCL + self.proj_out(out_BCL)).reshape(B, C, H, W)
+            q, k, v = qkv_BLC.reshape(B, H * W, 3, self.num_heads, K).unbind(2)
+        out_BHLK = self.kernel(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        out_BHWC = out_BHLK.transpose(1, 2).reshape(B, H, W, C)
+        return x_BCHW + self.proj_out(out_BHWC.permute(0, 3, 1, 2))
 
 
 class BlockSequence(nn.Sequential):
@@ -317,7 +312,7 @@ class UNet(nn.Module):
 
     def encode(self, x_BCHW: Tensor, emb_BE: Tensor) -> list[Tensor]:
         """Activations of every input block, first to last."""
-        h = self.fold(x_BCHW).to(emb_BE.dtype)
+        h = to_fast_layout(self.fold(x_BCHW).to(emb_BE.dtype))
         skips = []
         for block in self.input_blocks:
             h = block(h, emb_BE)

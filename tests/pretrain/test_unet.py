@@ -106,11 +106,12 @@ def slow_attention(block: AttentionBlock, x: Tensor, *, heads_first: bool) -> Te
 
 
 @pytest.mark.parametrize("order", ["legacy", "new"])
-def test_both_attention_layouts_match_a_slow_reference(order: str):
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_both_attention_layouts_match_a_slow_reference(order: str, layout: torch.memory_format):
     block = AttentionBlock(64, num_heads=4, order=order)
     randomised(block)
     x = torch.randn(2, 64, 4, 3, generator=torch.Generator().manual_seed(2))
-    out = block(x)
+    out = block(x.contiguous(memory_format=layout))
     expected = slow_attention(block, x, heads_first=order == "legacy")
     torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
     other = slow_attention(block, x, heads_first=order != "legacy")
