@@ -38,6 +38,7 @@ IMAGES_PER_FORWARD = 256
 DECODE_THREADS = 2
 IDLE_SECONDS = 0.5
 INTENT_NAME = "export.json"
+_INTENT_SAYS = {"encoder_sha256": "encoder", "index_digest": "shard set"}
 
 EncoderLoader = Callable[..., TrainedEncoder]
 """Takes `store=`; all else about the encoder is bound, so that it can be sent to workers."""
@@ -276,9 +277,12 @@ def _declare_intent(
                 f"delete that folder, or export into another one"
             ) from error
         if found != intent:
+            which = " and ".join(
+                what for key, what in _INTENT_SAYS.items() if found.get(key) != intent[key]
+            )
             raise ValueError(
-                f"{out_url} holds features of another encoder or shard set ({where} says {found}, "
-                f"this export is {intent}); export into another folder"
+                f"{out_url} holds features of another {which}; export into another folder, or "
+                f"delete that one"
             ) from None
 
 

@@ -6,6 +6,7 @@ by `pretrain.preflight` and `pretrain.run_plan` before a run starts.
 """
 
 import math
+import re
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
@@ -36,11 +37,31 @@ def _without_credentials(url: str) -> str:
     return url
 
 
-Url = Annotated[
-    str,
-    Field(min_length=1, pattern=r"^(s3://[^/]+/.+|file:///.+|[^:]+)$"),
-    AfterValidator(_without_credentials),
-]
+def _a_url(url: str) -> str:
+    if not re.fullmatch(r"s3://[^/]+/.+|file:///.+|[^:]+", url):
+        raise ValueError(f"must be s3://BUCKET/PREFIX, a local path or file:///PATH, got {url!r}")
+    return url
+
+
+def _a_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ValueError(
+            f"must be letters, digits, dots, dashes and underscores, and begin with a letter or "
+            f"digit, because it names a folder; got {name!r}"
+        )
+    return name
+
+
+def _a_sha256(digest: str) -> str:
+    if not re.fullmatch(r"[0-9a-f]{64}", digest):
+        raise ValueError(
+            f"must be 64 hexadecimal digits in lower case, as `sha256sum FILE` prints them; "
+            f"got {digest!r}"
+        )
+    return digest
+
+
+Url = Annotated[str, AfterValidator(_without_credentials), AfterValidator(_a_url)]
 
 
 def _check_rising(name: str, values: Sequence[float]) -> None:
@@ -160,7 +181,7 @@ class BackboneConfig(Section):
 
     weights: Url
     """safetensors file with its JSON card beside it, or `builtin/NAME` for a packaged one."""
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    sha256: Annotated[str, AfterValidator(_a_sha256)]
     """SHA-256 of the safetensors file; a file with another hash is refused."""
 
 
@@ -426,7 +447,7 @@ class WandbConfig(Section):
 class RunConfig(Section):
     """A whole run."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Annotated[str, AfterValidator(_a_name)]
     """Names the run in storage and in wandb: letters, digits, dot, dash, underscore."""
     output: Url
     """Folder for checkpoints and logs; the run's own folder is output/name."""

@@ -20,7 +20,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from configs.schema import BackboneConfig, ScheduleConfig, UNetConfig
-from data_pipelines.object_store import ObjectStore
+from data_pipelines.object_store import ObjectMissingError, ObjectStore
 from pretrain.noise_schedule import Prediction
 from pretrain.unet import UNet
 
@@ -59,7 +59,7 @@ def load_backbone(store: ObjectStore, config: BackboneConfig) -> Backbone:
             f"{config.sha256}; use the pinned file, or pin this one if the change is meant"
         )
     card_url = config.weights.removesuffix(".safetensors") + ".json"
-    card = _parse_card(_read(store, card_url), card_url)
+    card = _parse_card(_read_card(store, card_url), card_url)
     unet = UNet(card["unet"])
     _load_exactly(unet, _parse_weights(weights, config.weights), config.weights)
     unet.requires_grad_(False).eval()
@@ -152,6 +152,16 @@ def _read(store: ObjectStore, url: str) -> bytes:
         )
         raise BackboneError(f"there is no packaged backbone {url}; there are {names}")
     return path.read_bytes()
+
+
+def _read_card(store: ObjectStore, url: str) -> bytes:
+    try:
+        return _read(store, url)
+    except ObjectMissingError as error:
+        raise BackboneError(
+            f"{error}; a backbone needs its card, the JSON that `diti backbone train` and `import` "
+            f"write beside the weights: copy it there too"
+        ) from error
 
 
 def _parse_card(data: bytes, url: str) -> dict[str, Any]:

@@ -264,7 +264,8 @@ def check_resumable(
     if different:
         raise CheckpointError(
             f"run {config.name!r} has a checkpoint at step {manifest.step} made with other "
-            f"settings: {'; '.join(different)}. Restore them, or give the run another name."
+            f"settings: {'; '.join(different)}. Restore them, give the run another name, or "
+            f"delete its folder{' (it is not trained yet)' if manifest.step == 0 else ''}."
         )
 
 

@@ -33,6 +33,7 @@ class DiTi(nn.Module):
         self.prediction: Prediction = backbone.prediction
         self._check(backbone, image_size_px)
         self.timesteps = timestep_distribution(task.timesteps, self.schedule)
+        self._check_every_subset_is_taught()
         self.encoder = Encoder(task.encoder, image_size_px=image_size_px)
         self.decoder = ShiftDecoder(backbone.unet, latent_dim=task.encoder.latent_dim)
         self.masks = self.partition.masks()
@@ -48,6 +49,18 @@ class DiTi(nn.Module):
                 f"data.image_size_px is {image_size_px}, but the backbone was trained on "
                 f"{backbone.image_size_px} px images; use that size"
             )
+
+    def _check_every_subset_is_taught(self) -> None:
+        """Time-steps teach the subsets up to their own, in `stop_grad` their own only."""
+        for subset in self.partition.subsets:
+            start, own_end = subset.timesteps
+            end = own_end if self.task.mode == "stop_grad" else None
+            if not self.timesteps.probability_T[start:end].any():
+                raise ValueError(
+                    f"task.timesteps never teach subset {subset.name} (time-steps {start} to "
+                    f"{own_end}): its {subset.dims[1] - subset.dims[0]} dimensions would stay "
+                    f"untrained. Train on its time-steps too, or join it with the one before."
+                )
 
     def tables_to(self, device: torch.device) -> None:
         """Move schedule and masks. They are no buffers, so that no engine casts them to bf16."""

@@ -32,7 +32,7 @@ task:
     stage_dims: [8, 8, 8]
     stage_subsets: [1, 1, 1]
   weight: constant
-  timesteps: {{edges: [0, 200]}}
+  timesteps: {{edges: [0, 400]}}
 data: {{shards: {shards}, image_size_px: 32, lanes: 8, window_rows: 16}}
 train:
   total_images: 320

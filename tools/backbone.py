@@ -1,6 +1,6 @@
 """`diti backbone`: from a run or a published checkpoint to a backbone file, and what is in one."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -199,8 +199,12 @@ def _count(state: Mapping[str, Tensor]) -> dict[str, int]:
     return {"tensors": len(state), "parameters": numbers}
 
 
-def sample_sheet(weights: str, count: int) -> bytes:
-    """A PNG of `count` samples in rows of 12, each pixel three pixels wide."""
+def sample_sheet(weights: str, count: int, on_step: Callable[[int], None]) -> bytes:
+    """A PNG of `count` samples in rows of 12, each pixel three pixels wide.
+
+    Args:
+        on_step: called before each of SAMPLE_STEPS steps with the number of those done.
+    """
     store = ObjectStore()
     config = BackboneConfig(weights=weights, sha256=pin_backbone(store, weights))
     backbone = load_backbone(store, config)
@@ -212,5 +216,6 @@ def sample_sheet(weights: str, count: int) -> bytes:
         count=rows * COLUMNS,
         size_px=backbone.image_size_px,
         columns=COLUMNS,
+        on_step=on_step,
     )
     return image_grid(grid, scale=3)

@@ -19,7 +19,7 @@ from tools.attribute_probe import ProbeResult
 from tools.denoising import FourLosses
 from tools.evaluate_attributes import evaluate_attributes
 from tools.make_data import make_avatars
-from tools.progress import console, image_bar, progress_bar, training_bar
+from tools.progress import console, image_bar, progress_bar, training_bar, working
 from tools.report import make_report
 
 AVATARS_URL = "s3://diti/avatars"
@@ -62,15 +62,16 @@ def _train_and_evaluate(store: ObjectStore, config: RunConfig, folder: Path) -> 
         for step in (manifest.step, 0)
         for split in ("val", "test")
     }
-    console.print("probing attributes and drawing the report")
     test_url = features["test", manifest.step]
-    probes = evaluate_attributes(
-        store,
-        train_url=features["val", manifest.step],
-        test_url=test_url,
-        untrained=(features["val", 0], features["test", 0]),
-    )
-    page, losses = make_report(store, run_url=run_url(config), test_url=test_url, probes=probes)
+    with working("probing attributes"):
+        probes = evaluate_attributes(
+            store,
+            train_url=features["val", manifest.step],
+            test_url=test_url,
+            untrained=(features["val", 0], features["test", 0]),
+        )
+    with working("computing losses and drawing pictures"):
+        page, losses = make_report(store, run_url=run_url(config), test_url=test_url, probes=probes)
     report = folder / "report.html"
     report.write_text(page, encoding="utf-8")
     return DemoResult(report, probes, losses)

@@ -2,8 +2,9 @@
 
 import math
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from multiprocessing import get_context
 
 from data_pipelines.avatars import AvatarSpec, draw_avatar
@@ -44,20 +45,19 @@ def make_avatars(
     num_shards = math.ceil(count / rows_per_shard)
     shards: dict[int, Shard] = {}
     # Fresh processes: the store's client must not be forked.
-    with ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn"), initializer=_leave_interrupts_to_the_parent
-    ) as pool:
-        tasks = {
-            pool.submit(
-                _write_avatar_shard,
-                spec,
-                number,
-                range(number * rows_per_shard, min((number + 1) * rows_per_shard, count)),
-                store,
-                url,
-            ): number
-            for number in range(num_shards)
-        }
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        with _interrupts_wait():
+            tasks = {
+                pool.submit(
+                    _write_avatar_shard,
+                    spec,
+                    number,
+                    range(number * rows_per_shard, min((number + 1) * rows_per_shard, count)),
+                    store,
+                    url,
+                ): number
+                for number in range(num_shards)
+            }
         try:
             for task in as_completed(tasks):
                 shards[tasks[task]] = task.result()
@@ -68,8 +68,14 @@ def make_avatars(
     return write_index(store, url, [shards[number] for number in range(num_shards)])
 
 
-def _leave_interrupts_to_the_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+@contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Ctrl-C waits, and processes started inside never hear it: this one ends them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _write_avatar_shard(

@@ -3,7 +3,9 @@
 Letters: B batch, C channels, H height, W width, D = latent_dim.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count as count_from
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from pretrain.unet import UNet
 from tools.denoising import draw_noise, encode
 
 DDIM_STEPS = 25
+SAMPLE_STEPS = 100
 Grid = NDArray[np.uint8]
 """(rows, columns, H, W, 3)."""
 
@@ -98,16 +101,19 @@ def backbone_samples(
     count: int,
     size_px: int,
     columns: int,
+    on_step: Callable[[int], None],
 ) -> Grid:
-    """Unconditional samples of a backbone by 100 stochastic steps."""
+    """Unconditional samples of a backbone by SAMPLE_STEPS stochastic steps; see `sample_sheet`."""
+    steps_done = count_from(0)
     start = schedule.num_timesteps - 1
     blank = torch.zeros(count, 3, size_px, size_px)
     _, noise = draw_noise(blank, uniform_timesteps(start, start + 1, schedule.num_timesteps))
 
     def estimate(xt_BCHW: Tensor, t_B: Tensor) -> Tensor:
+        on_step(next(steps_done))
         return schedule.epsilon_of(unet(xt_BCHW, t_B), prediction, xt_BCHW, t_B)
 
-    images = ddim_sample(schedule, estimate, noise, start=start, steps=100, eta=1.0)
+    images = ddim_sample(schedule, estimate, noise, start=start, steps=SAMPLE_STEPS, eta=1.0)
     return to_pixels(images).reshape(-1, columns, size_px, size_px, 3)
 
 

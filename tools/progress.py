@@ -34,21 +34,38 @@ def progress_bar(label: str, total: float) -> Iterator[Update]:
 
 
 def _plain_lines(label: str, total: float) -> Update:
-    start = time.monotonic()
-    last, shown = start - PLAIN_LINE_SECONDS, 0.0
+    last, shown = time.monotonic() - PLAIN_LINE_SECONDS, 0.0
+    first: tuple[float, float] | None = None  # when something had been done, and how much
 
     def update(done: float, text: str) -> None:
-        nonlocal last, shown
+        nonlocal last, shown, first
         now = time.monotonic()
         if done == shown:
             return  # nothing has happened, and before the start something may still be refused
         if now - last < PLAIN_LINE_SECONDS and done < total:
             return
         last, shown = now, done
-        left = f", {(now - start) * (total - done) / done:.0f} s left" if 0 < done < total else ""
+        first = first or (now, done)  # what came before is starting up, or was done in another run
+        since, had = first
+        left = (
+            f", {(now - since) * (total - done) / (done - had):.0f} s left"
+            if had < done < total
+            else ""
+        )
         console.print(f"{label}: {done / total:.0%} {text}{left}", highlight=False, soft_wrap=True)
 
     return update
+
+
+@contextmanager
+def working(on: str) -> Iterator[None]:
+    """Says what is being done, where there is nothing to count."""
+    if not console.is_terminal:
+        console.print(on)
+        yield
+        return
+    with console.status(on):
+        yield
 
 
 @contextmanager

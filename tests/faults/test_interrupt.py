@@ -51,7 +51,7 @@ def interrupt(process: subprocess.Popen[str], number: signal.Signals) -> str:
         os.kill(process.pid, number)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
-    assert "run the same command again" in errors
+    assert "diti: interrupted" in errors
     assert "Traceback" not in errors
     _, alive = psutil.wait_procs(family, timeout=20)
     assert not alive, [p.cmdline() for p in alive if p.is_running()]
@@ -77,7 +77,7 @@ def test_a_run_interrupted_twice_on_relative_paths_leaves_no_process_and_resumes
 
     process = start(tmp_path, *command)
     wait_until(lambda: len(checkpoint.complete_steps(STORE, folder)) >= 3, process)
-    interrupt(process, signal.SIGINT)
+    assert "run the same command again to go on" in interrupt(process, signal.SIGINT)
 
     process = start(tmp_path, *command)
     before = len(checkpoint.complete_steps(STORE, folder))

@@ -6,7 +6,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from configs.schema import ScheduleConfig
+from configs.schema import ScheduleConfig, TimestepsConfig
 from pretrain.diti import DiTi
 from pretrain.noise_schedule import make_schedule
 from pretrain.objective import (
@@ -196,3 +196,17 @@ def test_a_backbone_with_another_number_of_timesteps_is_refused():
 def test_a_backbone_of_another_image_size_is_refused():
     with pytest.raises(ValueError, match="image_size_px is 8, but the backbone was trained on 16"):
         DiTi(tiny_task(), tiny_backbone(image_size_px=16), image_size_px=SIZE_PX)
+
+
+@pytest.mark.parametrize(
+    ("mode", "edges", "subset"), [("base", (0, 200), "z002"), ("stop_grad", (50, 1000), "z000")]
+)
+def test_a_subset_that_no_timestep_teaches_is_refused(mode, edges, subset: str):
+    timesteps = TimestepsConfig(edges=edges)
+    with pytest.raises(ValueError, match=rf"never teach subset {subset}"):
+        tiny_diti(mode=mode, timesteps=timesteps)
+
+
+def test_in_base_mode_later_timesteps_teach_the_earlier_subsets():
+    model = tiny_diti(timesteps=TimestepsConfig(edges=(200, 1000)))
+    assert (gradient_of_z(model, torch.tensor([250])) != 0).all()

@@ -174,7 +174,7 @@ def test_training_can_start_from_a_checkpoint_file(
         seen.append(config)
         raise ValueError("launched")
 
-    monkeypatch.setattr("tools.cli._launch", launch)
+    monkeypatch.setattr("tools.commands.runs.launch", launch)
     monkeypatch.chdir(tmp_path)
     refused(train(tmp_path, run, "--checkpoint", "some folder/latest.pt"), "launched")
     refused(train(tmp_path, run, "--checkpoint", "s3://bucket/runs/other"), "launched")

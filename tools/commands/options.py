@@ -1,0 +1,36 @@
+"""Arguments and options that several verbs take."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Changes to the run file, in YAML syntax."),
+]
+LocalDir = Annotated[
+    Path, typer.Option(help="Scratch folder on this node: parts on their way to storage, wandb.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+AuthorsConfig = Annotated[
+    str | None,
+    typer.Option(
+        "--config", help="Its config.yml. Default: one beside the checkpoint or one folder up."
+    ),
+]
+Ema = Annotated[bool, typer.Option("--ema/--no-ema", help="Averaged weights, or the online ones.")]
+Untrained = Annotated[
+    tuple[str, str] | None,
+    typer.Option(
+        metavar="TRAIN TEST",
+        help="The same two feature sets exported with --step 0, to compare with.",
+    ),
+]
+
+
+def check_out_file(out: Path) -> None:
+    if not out.parent.is_dir() or out.is_dir():
+        raise ValueError(
+            f"--out {out} cannot be written: it needs a file name in a folder that exists"
+        )

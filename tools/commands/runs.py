@@ -1,0 +1,151 @@
+"""Verbs over a whole run: demo, train, export, report."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tools.commands.options import (
+    AuthorsConfig,
+    Ema,
+    LocalDir,
+    Overrides,
+    Untrained,
+    check_out_file,
+)
+from tools.commands.outcome import clear_errors
+from tools.tables import print_losses, print_probes
+
+
+def demo(
+    folder: Annotated[Path, typer.Option(help="Where everything is kept.")] = Path("runs/demo"),
+    overrides: Overrides = None,
+) -> None:
+    """The whole line on this machine: data, S3, Ray, two ZeRO workers, features, report page.
+
+    Example: diti demo --folder /tmp/diti-demo
+    """
+    with clear_errors(goes_on=True):
+        from tools.demo import run_demo
+
+        result = run_demo(folder, tuple(overrides or ()))
+        print_probes(result.probes)
+        print_losses(result.losses)
+        typer.echo(f"report: {result.report.resolve()}")
+
+
+def train(
+    run_file: Annotated[Path, typer.Argument(metavar="RUN.YAML", help="What to train.")],
+    overrides: Overrides = None,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(help="Start from these weights: a published .pt file, or a run's folder."),
+    ] = None,
+    local_dir: LocalDir = Path("runs/local"),
+) -> None:
+    """Train on this machine, or on the Ray cluster at RAY_ADDRESS. Run it again to resume.
+
+    Example: diti train configs/runs/demo.yaml data.shards=data/avatars/train output=runs
+    """
+    with clear_errors(goes_on=True):
+        from configs.loading import load_run
+        from data_pipelines.object_store import absolute
+        from pretrain.preflight import run_url
+
+        changes = list(overrides or ())
+        if checkpoint is not None:
+            changes.append(f"task.start_from={json.dumps(absolute(checkpoint))}")
+        config = load_run(run_file, tuple(changes))
+        manifest = launch(config, local_dir)
+        typer.echo(f"{run_url(config)}: {manifest.images} images, {manifest.name} complete")
+
+
+def export(
+    shards: Annotated[str, typer.Option(help="Shard set to encode.")],
+    out: Annotated[str, typer.Option(help="Folder for the features.")],
+    run: Annotated[
+        str | None, typer.Argument(metavar="[RUN]", help="The run's folder: OUTPUT/NAME.")
+    ] = None,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(help="Instead of a run: a published .pt file that every worker can reach."),
+    ] = None,
+    config: AuthorsConfig = None,
+    ema: Ema = True,
+    step: Annotated[
+        int | None,
+        typer.Option(min=0, help="Checkpoint; 0 is the untrained encoder. Default: newest."),
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Ray actors, one core each.")] = 2,
+) -> None:
+    """Encode every image of a shard set into Parquet, one column per time-step subset.
+
+    Example: diti export runs/my-run --shards data/avatars/test --out runs/my-run/features/test
+    """
+    with clear_errors(goes_on=True):
+        from cluster.export import export_features
+        from data_pipelines.object_store import ObjectStore
+        from tools.progress import progress_bar
+
+        with progress_bar("export", 1.0) as update:
+            manifest = export_features(
+                ObjectStore(),
+                run_url=run,
+                step=step,
+                checkpoint_url=checkpoint,
+                config=config,
+                ema=ema,
+                shards_url=shards,
+                out_url=out,
+                num_workers=workers,
+                on_progress=lambda s: update(
+                    s.done / max(1, s.done + s.leased + s.waiting + len(s.failures)),
+                    f"{s.done} shards done",
+                ),
+            )
+        typer.echo(f"{manifest.rows} rows of {manifest.checkpoint} at {out}")
+
+
+def report(
+    run: Annotated[str, typer.Argument(help="The run's folder: OUTPUT/NAME.")],
+    train_features: Annotated[
+        str, typer.Option(metavar="URL", help="Features that probes learn on.")
+    ],
+    test_features: Annotated[
+        str, typer.Option(metavar="URL", help="Features that probes are scored on.")
+    ],
+    untrained: Untrained = None,
+    out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
+) -> None:
+    """One self-contained HTML page about a run: losses, pictures, probes.
+
+    Example: diti report runs/my-run --train-features F/val --test-features F/test
+    """
+    with clear_errors():
+        from data_pipelines.object_store import ObjectStore
+        from tools.evaluate_attributes import evaluate_attributes
+        from tools.progress import working
+        from tools.report import make_report
+
+        check_out_file(out)
+        store = ObjectStore()
+        with working("probing attributes"):
+            probes = evaluate_attributes(
+                store, train_url=train_features, test_url=test_features, untrained=untrained
+            )
+        with working("computing losses and drawing pictures"):
+            page, losses = make_report(store, run_url=run, test_url=test_features, probes=probes)
+        out.write_text(page, encoding="utf-8")
+        print_losses(losses)
+        typer.echo(f"report: {out.resolve()}")
+
+
+def launch(config: Any, local_dir: Path) -> Any:
+    from cluster.launch import launch_training
+    from tools.progress import training_bar
+
+    with training_bar("training", config.train.total_images) as show_progress:
+        return launch_training(
+            config, local_dir=local_dir.resolve() / config.name, on_progress=show_progress
+        )

@@ -1,0 +1,85 @@
+"""Results as tables on standard output."""
+
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from data_pipelines.feature_store import FeatureManifest
+
+
+def print_probes(results: list[Any]) -> None:
+    from data_pipelines.avatars import attribute_granularity
+
+    granularity = attribute_granularity()
+    groups = {
+        group: [name for name in results[0].attributes if granularity.get(name) == group]
+        for group in ("coarse", "middle", "fine")
+    }
+    groups = {group: names for group, names in groups.items() if names}
+    table = Table("feature", "dims", "mean AP", *groups, title="average precision on unseen images")
+    for result in results:
+        means = [f"{result.mean_over(names):.3f}" for names in groups.values()]
+        table.add_row(result.name, str(result.dims), f"{result.mean:.3f}", *means)
+    Console().print(table)
+
+
+def print_losses(losses: Any) -> None:
+    table = Table("feature given to the decoder", "loss", title="loss on unseen images")
+    table.add_row("none: backbone alone", f"{losses.backbone:.5f}")
+    table.add_row("the image's own (DiTi)", f"{losses.diti:.5f}")
+    table.add_row("another image's", f"{losses.shuffled:.5f}")
+    table.add_row("the average", f"{losses.mean:.5f}")
+    Console().print(table)
+
+
+def print_features(manifest: FeatureManifest) -> None:
+    size = sum(part.size_bytes for part in manifest.parts.values())
+    typer.echo(
+        f"{manifest.rows} rows, {manifest.columns[-1].dims[1]} dimensions {manifest.dtype}, "
+        f"{len(manifest.parts)} parts, {size} bytes ({size / manifest.rows:.0f} per row)\n"
+        f"source   {manifest.source_url} (index {manifest.index_digest[:12]})\n"
+        f"encoder  {manifest.checkpoint} (SHA-256 {manifest.encoder_sha256[:12]}), "
+        f"backbone {manifest.backbone_sha256[:12]}"
+    )
+    table = Table("column", "time-steps", "dimensions", "mean", "std")
+    for column in manifest.columns:
+        dims = slice(*column.dims)
+        table.add_row(
+            column.name,
+            f"{column.timesteps[0]}-{column.timesteps[1]}",
+            f"{column.dims[0]}-{column.dims[1]}",
+            f"{_average(manifest.mean[dims]):.3f}",
+            f"{_average(manifest.std[dims]):.3f}",
+        )
+    Console().print(table)
+
+
+def print_contents(found: dict[str, Any]) -> None:
+    weights = "" if found.get("step") is None else f", step {found['step']}"
+    weights += "" if "ema" not in found else ", averaged" if found["ema"] else ", online"
+    typer.echo(f"{found['file']}: {found['kind']}{weights}\nSHA-256 {found['sha256']}")
+    parts = Table("part", "tensors", "parameters")
+    for name, counts in found["parts"].items():
+        parts.add_row(name, str(counts["tensors"]), f"{counts['parameters']:,}")
+    Console().print(parts)
+    shown = ("image_size_px", "prediction", "unet", "schedule", "encoder", "mode")
+    for key in (key for key in shown if found.get(key) is not None):
+        typer.echo(f"{key}: {_in_a_line(found[key])}")
+    if partition := found.get("partition"):
+        dims = partition["dim_ends"]
+        typer.echo(f"partition: {len(dims)} subsets of {dims[-1]} dimensions, ending at {dims}")
+    typer.echo(f"config: {found['config'] or 'none found'}")
+    for what, origin in found["origins"].items():
+        typer.echo(f"  {what}: {origin}")
+
+
+def _in_a_line(value: Any) -> str:
+    if not isinstance(value, dict):
+        return str(value)
+    return ", ".join(f"{key} {inner}" for key, inner in value.items())
+
+
+def _average(values: list[float]) -> float:
+    return sum(values) / len(values)
