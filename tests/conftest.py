@@ -1,5 +1,11 @@
 """Fixtures of the whole suite: one real S3 server, and a fresh prefix on it for each test."""
 
+import os
+
+# Before torch: on tiny tensors a second OpenMP thread only spins, and on a busy machine that costs
+# minutes. What tests start inherits it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import re
 import uuid
 from collections.abc import Iterator

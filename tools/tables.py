@@ -1,12 +1,16 @@
 """Results as tables on standard output."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from data_pipelines.feature_store import FeatureManifest
+if TYPE_CHECKING:
+    from data_pipelines.feature_store import FeatureManifest
+    from tools.evaluate_reconstruction import Reconstruction
 
 
 def print_probes(results: list[Any]) -> None:
@@ -31,6 +35,24 @@ def print_losses(losses: Any) -> None:
     table.add_row("the image's own (DiTi)", f"{losses.diti:.5f}")
     table.add_row("another image's", f"{losses.shuffled:.5f}")
     table.add_row("the average", f"{losses.mean:.5f}")
+    Console().print(table)
+
+
+def print_reconstructions(results: list[Reconstruction]) -> None:
+    table = Table(
+        "sampler",
+        "x_T inferred",
+        "x_T random",
+        "against the first",
+        title="squared error of pixels in [0, 1]",
+    )
+    for result in results:
+        table.add_row(
+            result.sampler,
+            f"{result.inferred:.6f}",
+            f"{result.random:.5f}",
+            f"{result.random_above_first:+.5f} ± {result.uncertainty:.5f}",
+        )
     Console().print(table)
 
 

@@ -204,6 +204,7 @@ def test_features_without_a_manifest_are_refused(s3_url: str) -> None:
         ("backbone", "inspect"),
         ("features", "show"),
         ("eval", "attributes"),
+        ("eval", "reconstruction"),
     ],
 )
 def test_every_verb_has_help_with_an_example(verb: tuple[str, ...]) -> None:

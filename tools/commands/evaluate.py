@@ -1,13 +1,14 @@
 """Verbs that ask what features hold."""
 
 import json
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
-from tools.commands.options import AsJson, Untrained
+from tools.commands.options import AsJson, AuthorsConfig, Untrained
 from tools.commands.outcome import clear_errors
-from tools.tables import print_probes
+from tools.tables import print_probes, print_reconstructions
 
 app = typer.Typer(help="What features hold.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -52,3 +53,43 @@ def attributes(
             typer.echo(json.dumps(rows, indent=1))
         else:
             print_probes(results)
+
+
+@app.command()
+def reconstruction(
+    shards: Annotated[str, typer.Option(help="Shard set whose first images are used.")],
+    run: Annotated[
+        str | None, typer.Argument(metavar="[RUN]", help="The run's folder: OUTPUT/NAME.")
+    ] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Instead of a run: a published .pt file of DiTi or PDAE.")
+    ] = None,
+    config: AuthorsConfig = None,
+    count: Annotated[int, typer.Option(min=2, help="Images.")] = 64,
+    steps: Annotated[int, typer.Option(min=1, help="DDIM steps, in either direction.")] = 50,
+    as_json: AsJson = False,
+) -> None:
+    """How well images come back from their features: our sampler, the published one, no feature.
+
+    Example: diti eval reconstruction runs/my-run --shards data/avatars/test
+    """
+    with clear_errors():
+        from data_pipelines.object_store import ObjectStore
+        from tools.evaluate_reconstruction import (
+            evaluate_reconstruction,
+            load_model,
+            read_images,
+        )
+        from tools.progress import progress_bar
+
+        store = ObjectStore()
+        model = load_model(store, run, checkpoint, config)
+        images = read_images(store, shards, count, model.encoder.image_size_px)
+        with progress_bar("reconstructing", 1.0) as update:
+            results = evaluate_reconstruction(
+                model, images, steps=steps, on_progress=lambda share: update(share, "")
+            )
+        if as_json:
+            typer.echo(json.dumps([asdict(result) for result in results], indent=1))
+        else:
+            print_reconstructions(results)
