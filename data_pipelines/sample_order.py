@@ -15,11 +15,10 @@ costs O(log shards); no replay.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 Ints = NDArray[np.int64]
 _U64 = np.uint64
@@ -37,34 +36,41 @@ def mix64(*values: Any) -> NDArray[np.uint64]:
     return np.asarray(state, dtype=_U64)
 
 
-def permute(index: Any, size: Any, key: Any) -> Ints:
+def permute(index: Any, size: Any, key: Any, *, inverse: bool = False) -> Ints:
     """Where `index` goes under the keyed permutation of range(size); all three broadcast.
 
     A four-round Feistel network on the smallest even number of bits that holds `size`; results
-    outside the range walk on until they fall inside, which keeps it a bijection.
+    outside the range walk on until they fall inside, which keeps it a bijection. With `inverse`,
+    where it comes from: the same walk backwards.
     """
     arrays = np.asarray(index, np.int64), np.asarray(size, np.int64), np.asarray(key, _U64)
     shape = np.broadcast_shapes(*(array.shape for array in arrays))
     index, size, key = np.broadcast_arrays(*arrays, np.empty(1))[:3]
     bits = np.ceil(np.log2(np.maximum(size, 4))).astype(_U64)
     half = (bits + _U64(1)) // _U64(2)
-    out = _feistel(index.astype(_U64), half, key)
+    out = _feistel(index.astype(_U64), half, key, inverse=inverse)
     while (outside := out >= size.astype(_U64)).any():
-        out[outside] = _feistel(out[outside], half[outside], key[outside])
+        out[outside] = _feistel(out[outside], half[outside], key[outside], inverse=inverse)
     return out.astype(np.int64).reshape(shape)
 
 
 def _feistel(
-    value: NDArray[np.uint64], half: NDArray[np.uint64], key: NDArray[np.uint64]
+    value: NDArray[np.uint64],
+    half: NDArray[np.uint64],
+    key: NDArray[np.uint64],
+    *,
+    inverse: bool,
 ) -> NDArray[np.uint64]:
     mask = (_U64(1) << half) - _U64(1)
     left, right = value >> half, value & mask
-    for turn in range(4):
-        left, right = right, left ^ (mix64(key, turn, right) & mask)
+    for turn in (3, 2, 1, 0) if inverse else (0, 1, 2, 3):
+        if inverse:
+            left, right = right ^ (mix64(key, turn, left) & mask), left
+        else:
+            left, right = right, left ^ (mix64(key, turn, right) & mask)
     return (left << half) | right
 
 
-@dataclass(frozen=True, slots=True)
 class SampleOrder:
     """Position -> (shard, row) for a shard set.
 
@@ -78,21 +84,16 @@ class SampleOrder:
         ValueError: there are no samples, or a shard is empty.
     """
 
-    shard_sizes: tuple[int, ...]
-    seed: int
-    lanes: int
-    window_rows: int
-
-    def __post_init__(self) -> None:
-        if not self.shard_sizes or min(self.shard_sizes) < 1:
+    def __init__(self, shard_sizes: ArrayLike, *, seed: int, lanes: int, window_rows: int) -> None:
+        self.shard_sizes = np.array(shard_sizes, np.int64)
+        if not len(self.shard_sizes) or self.shard_sizes.min() < 1:
             raise ValueError(
                 f"a sample order needs shards of at least one sample each, got sizes "
-                f"{self.shard_sizes[:8]}; remove empty shards from the index"
+                f"{self.shard_sizes[:8].tolist()}; remove empty shards from the index"
             )
-
-    @property
-    def samples_per_epoch(self) -> int:
-        return sum(self.shard_sizes)
+        self.seed, self.lanes, self.window_rows = seed, lanes, window_rows
+        self.samples_per_epoch = int(self.shard_sizes.sum())
+        self._tapes: dict[int, _Tape] = {}
 
     def locate(self, positions: Any) -> tuple[Ints, Ints]:
         """Shard numbers and rows of global positions; two int64 arrays of the same shape."""
@@ -111,13 +112,20 @@ class SampleOrder:
         return positions % self.samples_per_epoch % self.lanes
 
     def _locate_in_epoch(self, epoch: int, q: Ints) -> tuple[Ints, Ints]:
-        tape = _tape(self.shard_sizes, self.seed, epoch)
+        tape = self._tape(epoch)
         at = self._lane_start(q % self.lanes) + q // self.lanes
         slot = np.searchsorted(tape.ends, at, side="right")
         shards = tape.shards[slot]
         sizes = tape.sizes[slot]
         offsets = at - (tape.ends[slot] - sizes)
         return shards, self._row_in_shard(epoch, shards, sizes, offsets)
+
+    def _tape(self, epoch: int) -> "_Tape":
+        if epoch not in self._tapes:
+            while len(self._tapes) > 1:  # a stream crosses from one epoch to the next
+                self._tapes.pop(min(self._tapes))
+            self._tapes[epoch] = _lay_out(self.shard_sizes, self.seed, epoch)
+        return self._tapes[epoch]
 
     def _lane_start(self, lane: Ints) -> Ints:
         """Tape index at which a lane starts; the first N mod L lanes are one sample longer."""
@@ -132,10 +140,7 @@ class SampleOrder:
         last_size = sizes - (windows - 1) * W
         # Only the last window may be short; it stands at turn `short_turn`, and every later turn
         # starts that much earlier.
-        turns = np.arange(int(windows.max()))
-        order = permute(turns[None, :] % windows[:, None], windows[:, None], key[:, None])
-        is_last = (order == windows[:, None] - 1) & (turns[None, :] < windows[:, None])
-        short_turn = is_last.argmax(axis=1)
+        short_turn = permute(windows - 1, windows, key, inverse=True)
         before = offsets < short_turn * W
         after_offset = offsets - short_turn * W - last_size
         in_short = ~before & (after_offset < 0)
@@ -157,13 +162,9 @@ class _Tape:
     ends: Ints
 
 
-@lru_cache(maxsize=4)
-def _tape(shard_sizes: tuple[int, ...], seed: int, epoch: int) -> _Tape:
-    sizes = np.asarray(shard_sizes, np.int64)
+def _lay_out(sizes: Ints, seed: int, epoch: int) -> _Tape:
     count = len(sizes)
-    turn = permute(np.arange(count), count, mix64(seed, epoch))
-    shards = np.empty(count, np.int64)
-    shards[turn] = np.arange(count)
+    shards = permute(np.arange(count), count, mix64(seed, epoch), inverse=True)
     return _Tape(shards, sizes[shards], np.cumsum(sizes[shards]))
 
 

@@ -40,7 +40,9 @@ def run_url(config: RunConfig) -> str:
 def sample_order(config: RunConfig, index: ShardIndex) -> SampleOrder:
     """The order in which this run sees the samples of `index`."""
     lanes = config.data.lanes or config.train.global_batch
-    return SampleOrder(index.sizes, config.seed, lanes, config.data.window_rows)
+    return SampleOrder(
+        index.sizes, seed=config.seed, lanes=lanes, window_rows=config.data.window_rows
+    )
 
 
 def load_start(model: DiTi, store: ObjectStore) -> None:
