@@ -21,30 +21,35 @@ NAMESPACE = "diti"
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Batch work over the shards of an index: each shard becomes one object below `out_url`.
+    """Batch work: every item is leased to workers until it is done.
 
-    The object's existence is the done-marker: it appears whole or not at all.
+    With `out_url`, an item becomes one object there, whose existence is the done-marker: it appears
+    whole or not at all. Without it, a restarted coordinator hands everything out again.
     """
 
-    out_url: str
-    suffix: str
+    items: tuple[str, ...]
+    out_url: str | None = None
+    suffix: str = ""
 
-    def result_url(self, stem: str) -> str:
-        return join(self.out_url, f"{stem}{self.suffix}")
+    def result_url(self, item: str) -> str:
+        assert self.out_url is not None
+        return join(self.out_url, f"{item}{self.suffix}")
 
 
 class ShardCoordinator:
     """See the module. Created by `start_coordinator`; called through its Ray handle."""
 
-    def __init__(self, store: ObjectStore, shards_url: str, work: Work | None = None) -> None:
-        self._index = read_index(store, shards_url)
+    def __init__(
+        self, store: ObjectStore, shards_url: str | None = None, work: Work | None = None
+    ) -> None:
+        self._index = None if shards_url is None else read_index(store, shards_url)
         self._progress: dict[int, Progress] = {}
-        self._queue = LeaseQueue([])
-        if work is not None:
-            self._queue = LeaseQueue(_unfinished(store, self._index, work))
+        self._queue = LeaseQueue([] if work is None else _unfinished(store, work))
+        self._results: dict[str, Any] = {}
 
     def index(self) -> ShardIndex:
         """The shard index, so that ranks need not read it from storage one by one."""
+        assert self._index is not None
         return self._index
 
     def report(self, progress: Progress) -> None:
@@ -56,24 +61,29 @@ class ShardCoordinator:
         return dict(self._progress)
 
     def lease(self, worker: str) -> str | None:
-        """The stem of the next shard to work on, or None when nothing is waiting."""
+        """The next item to work on, or None when nothing is waiting."""
         return self._queue.lease(worker, time.monotonic())
 
-    def renew(self, worker: str, stem: str) -> bool:
-        return self._queue.renew(worker, stem, time.monotonic())
+    def renew(self, worker: str, item: str) -> bool:
+        return self._queue.renew(worker, item, time.monotonic())
 
-    def finish(self, stem: str) -> None:
-        self._queue.finish(stem)
+    def finish(self, item: str, result: Any = None) -> None:
+        self._queue.finish(item)
+        self._results[item] = result
 
-    def give_back(self, worker: str, stem: str, reason: str) -> None:
-        self._queue.give_back(worker, stem, reason)
+    def results(self) -> dict[str, Any]:
+        """What workers handed in for each finished item."""
+        return self._results
+
+    def give_back(self, worker: str, item: str, reason: str) -> None:
+        self._queue.give_back(worker, item, reason)
 
     def work_state(self) -> QueueState:
         return self._queue.state(time.monotonic())
 
 
 def start_coordinator(
-    name: str, store: ObjectStore, shards_url: str, work: Work | None = None
+    name: str, store: ObjectStore, shards_url: str | None = None, work: Work | None = None
 ) -> Any:
     """Start the named actor, or the handle of the one that already runs."""
     actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(ShardCoordinator)
@@ -82,7 +92,8 @@ def start_coordinator(
     )
 
 
-def _unfinished(store: ObjectStore, index: ShardIndex, work: Work) -> list[str]:
+def _unfinished(store: ObjectStore, work: Work) -> list[str]:
+    if work.out_url is None:
+        return list(work.items)
     done = {info.url for info in store.list(work.out_url)}
-    stems = [shard.name.removesuffix(".tar") for shard in index.shards]
-    return [stem for stem in stems if work.result_url(stem) not in done]
+    return [item for item in work.items if work.result_url(item) not in done]

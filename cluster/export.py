@@ -7,12 +7,9 @@ manifest is written last.
 
 import hashlib
 import json
-import threading
-import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,8 +21,9 @@ from numpy.typing import NDArray
 from ray.exceptions import RayError
 
 from cluster.coordinator import Work, start_coordinator
-from cluster.leases import LEASE_SECONDS, QueueState
+from cluster.leases import QueueState
 from cluster.session import last_line, ray_session, result_of
+from cluster.work import wait_for, work_off
 from data_pipelines.feature_part import FeatureColumn, PartInfo, encode_part, part_moments
 from data_pipelines.feature_store import FeatureManifest, part_name, publish_manifest
 from data_pipelines.object_store import AlreadyExistsError, ObjectStore, StoreError, absolute, join
@@ -36,7 +34,6 @@ from pretrain.trained import TrainedEncoder, load_encoder, load_published_encode
 
 IMAGES_PER_FORWARD = 256
 DECODE_THREADS = 2
-IDLE_SECONDS = 0.5
 INTENT_NAME = "export.json"
 _INTENT_SAYS = {"encoder_sha256": "encoder", "index_digest": "shard set"}
 
@@ -79,7 +76,8 @@ def export_features(
     verify_listing(store, index)
     _declare_intent(store, out_url, trained, index)
     source = shards_url.rstrip("/").rsplit("/", 1)[-1]
-    work = Work(join(out_url, source), ".parquet")
+    stems = tuple(shard.name.removesuffix(".tar") for shard in index.shards)
+    work = Work(stems, join(out_url, source), ".parquet")
     with ray_session(num_cpus=num_workers):
         name = f"export-{uuid.uuid4().hex[:8]}"
         coordinator = start_coordinator(name, store, shards_url, work)
@@ -89,7 +87,7 @@ def export_features(
                 worker.work.remote(f"worker-{number}", coordinator, work)
                 for number, worker in enumerate(workers)
             ]
-            state = _wait(running, coordinator, on_progress)
+            state = wait_for(running, coordinator, on_progress)
         except (StoreError, RayError) as error:
             raise ExportFailedError(
                 f"export into {out_url} stopped: {last_line(error)}. Finished parts are kept; run "
@@ -206,21 +204,12 @@ class _ExportWorker:
     def work(self, name: str, coordinator: Any, work: Work) -> None:
         index: ShardIndex = result_of(coordinator.index.remote())
         shards = {shard.name.removesuffix(".tar"): shard for shard in index.shards}
-        while True:
-            stem = result_of(coordinator.lease.remote(name))
-            if stem is None:
-                if result_of(coordinator.work_state.remote()).is_finished:
-                    return
-                time.sleep(IDLE_SECONDS)  # others still hold leases that may come back
-                continue
-            try:
-                with _lease_kept(coordinator, name, stem):
-                    part = encode_shard(self._store, self._trained, index, shards[stem])
-                    self._store.write(work.result_url(stem), part)
-            except (ValueError, StoreError) as error:
-                result_of(coordinator.give_back.remote(name, stem, str(error)))
-            else:
-                result_of(coordinator.finish.remote(stem))
+
+        def export(stem: str) -> None:
+            part = encode_shard(self._store, self._trained, index, shards[stem])
+            self._store.write(work.result_url(stem), part)
+
+        work_off(name, coordinator, export)
 
 
 def _start_worker(store: ObjectStore, load: EncoderLoader, sha256: str) -> Any:
@@ -228,36 +217,10 @@ def _start_worker(store: ObjectStore, load: EncoderLoader, sha256: str) -> Any:
     return actor.remote(store, load, sha256)
 
 
-@contextmanager
-def _lease_kept(coordinator: Any, worker: str, stem: str) -> Iterator[None]:
-    """Renew a lease from a thread of its own while the block runs."""
-    done = threading.Event()
-
-    def renew() -> None:
-        while not done.wait(LEASE_SECONDS / 3):
-            coordinator.renew.remote(worker, stem)
-
-    threading.Thread(target=renew, name="lease", daemon=True).start()
-    try:
-        yield
-    finally:
-        done.set()
-
-
 @torch.inference_mode()
 def _encode(trained: TrainedEncoder, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
     images = torch.from_numpy(images_BHWC).permute(0, 3, 1, 2).float() / 127.5 - 1
     return trained.encoder(images).float().numpy()
-
-
-def _wait(
-    running: list[Any], coordinator: Any, on_progress: Callable[[QueueState], None]
-) -> QueueState:
-    while running:
-        finished, running = ray.wait(running, num_returns=len(running), timeout=1.0)
-        result_of(finished)
-        on_progress(result_of(coordinator.work_state.remote()))
-    return result_of(coordinator.work_state.remote())
 
 
 def _declare_intent(

@@ -11,7 +11,7 @@ import queue
 import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -26,13 +26,8 @@ from configs.schema import DataConfig
 from data_pipelines.decoding import DecodeError, decode_image
 from data_pipelines.object_store import ObjectStore, join
 from data_pipelines.sample_order import SampleOrder, batch_positions
-from data_pipelines.shard_index import (
-    MemberTable,
-    Shard,
-    ShardIndex,
-    ShardMismatchError,
-    read_members,
-)
+from data_pipelines.shard_index import Shard, ShardIndex, read_members
+from data_pipelines.tar_members import MemberTable, ShardMismatchError, row_span
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 FETCH_THREADS = 8
@@ -70,21 +65,23 @@ def open_stream(
         for batch in count(first_batch)
     )
     pipeline = DataPipeline(
-        PositionedSamples(store, index, order, blocks),
+        PositionedSamples(store, index, order, blocks, IMAGE_EXTENSIONS),
         decoded(data.image_size_px, data.decode_threads),
         batched(micro_batch),
     )
     return prefetched(iter(pipeline), data.prefetch_batches)
 
 
-def member_sample(table: MemberTable, row: int, url: str, window: bytes, base: int) -> Sample:
-    """One raw sample out of bytes that start at `base` in the tar, each member checked.
+def member_sample(
+    table: MemberTable, row: int, url: str, window: bytes, base: int, extensions: Sequence[str]
+) -> Sample:
+    """These members of a sample out of bytes that start at `base` in the tar, each one checked.
 
     Raises:
         ShardMismatchError: the bytes are not those that were indexed.
     """
     sample: Sample = {"__key__": table.keys[row], "__url__": url, "__row__": row}
-    for extension in table.extensions:
+    for extension in extensions:
         offset = int(table.offsets[extension][row])
         if offset < 0:
             continue
@@ -107,14 +104,9 @@ def read_shard(store: ObjectStore, index: ShardIndex, shard: Shard) -> list[Samp
     """
     url = join(index.url, shard.name)
     table, tar = read_members(store, index, shard), store.read(url)
-    return [member_sample(table, row, url, tar, 0) for row in range(shard.num_samples)]
-
-
-def row_span(table: MemberTable, first: int, last: int) -> tuple[int, int]:
-    """Byte range [start, end) of the tar that holds rows first..last-1."""
-    starts = np.stack([table.offsets[e][first:last] for e in table.extensions])
-    ends = starts + np.stack([table.sizes[e][first:last] for e in table.extensions])
-    return int(starts[starts >= 0].min()), int(ends.max())
+    return [
+        member_sample(table, row, url, tar, 0, table.extensions) for row in range(shard.num_samples)
+    ]
 
 
 class PositionedSamples:
@@ -122,6 +114,7 @@ class PositionedSamples:
 
     Args:
         blocks: arrays of global positions; a few blocks are looked at ahead.
+        extensions: of the members that are wanted; others are not even fetched. None wants all.
     """
 
     def __init__(
@@ -130,11 +123,13 @@ class PositionedSamples:
         index: ShardIndex,
         order: SampleOrder,
         blocks: Iterable[NDArray[np.int64]],
+        extensions: Sequence[str] | None = None,
     ) -> None:
         self._store = store
         self._index = index
         self._order = order
         self._blocks = blocks
+        self._extensions = extensions
         self._tables: OrderedDict[int, Future[MemberTable]] = OrderedDict()
         self._windows: dict[int, tuple[tuple[int, int], Future[tuple[bytes, int]]]] = {}
 
@@ -178,7 +173,7 @@ class PositionedSamples:
     def _fetch(self, shard: int, window: int, table: Future[MemberTable]) -> tuple[bytes, int]:
         first = window * self._order.window_rows
         last = min(first + self._order.window_rows, self._shard(shard).num_samples)
-        start, end = row_span(table.result(), first, last)
+        start, end = row_span(table.result(), first, last, self._wanted(table.result()))
         return self._store.read(self._url(shard), start, end), start
 
     def _collect(
@@ -188,8 +183,15 @@ class PositionedSamples:
     ) -> Iterator[Sample]:
         for position, (shard, row, table, content) in zip(positions, wanted, strict=True):
             window, base = content.result()
-            sample = member_sample(table.result(), row, self._url(shard), window, base)
+            members = table.result()
+            sample = member_sample(
+                members, row, self._url(shard), window, base, self._wanted(members)
+            )
             yield {**sample, "__position__": int(position)}
+
+    def _wanted(self, table: MemberTable) -> Sequence[str]:
+        wanted = self._extensions
+        return table.extensions if wanted is None else [e for e in table.extensions if e in wanted]
 
     def _shard(self, number: int) -> Shard:
         return self._index.shards[number]

@@ -10,25 +10,38 @@ check what arrives, so a tar that was cut, replaced or removed is a named error,
 
 import hashlib
 import io
-import json
-import tarfile
-import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from data_pipelines.object_store import ObjectMissingError, ObjectStore, join
+from data_pipelines.object_store import ObjectInfo, ObjectMissingError, ObjectStore, join
+from data_pipelines.tar_members import (
+    MemberTable,
+    ShardMismatchError,
+    Tar,
+    members_from_parquet,
+    members_to_parquet,
+    notes_of_parquet,
+    scan_tar,
+)
 
 INDEX_NAME = "index.parquet"
-_END_OF_TAR = b"\0" * 1024
-
-
-class ShardMismatchError(ValueError):
-    """A shard or its index is not what the other says."""
+MEMBERS_SUFFIX = ".members.parquet"
+_SCHEMA = pa.schema(
+    [
+        ("name", pa.string()),
+        ("size_bytes", pa.int64()),
+        ("etag", pa.string()),
+        ("sha256", pa.binary(32)),
+        ("num_samples", pa.int64()),
+        ("members_sha256", pa.binary(32)),
+    ]
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,127 +54,95 @@ class Shard:
     sha256: str
     num_samples: int
     members_sha256: str
+    """Of the member table's content."""
 
     @property
     def members_name(self) -> str:
-        return self.name.removesuffix(".tar") + ".members.parquet"
+        return self.name.removesuffix(".tar") + MEMBERS_SUFFIX
 
 
-@dataclass(frozen=True, slots=True)
 class ShardIndex:
-    """A shard set: folder URL and shards in the order that positions refer to."""
+    """A shard set: folder URL and shards in the order that positions refer to.
 
-    url: str
-    shards: tuple[Shard, ...]
+    Kept in columns, because a set may have hundreds of thousands of shards.
+    """
+
+    def __init__(self, url: str, shards: "Iterable[Shard] | pa.Table") -> None:
+        self.url = url
+        self.table: pa.Table = shards if isinstance(shards, pa.Table) else _table_of(shards)
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, ShardIndex)
+            and self.url == other.url
+            and self.table.equals(other.table)
+        )
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
+
+    @property
+    def shards(self) -> "ShardRows":
+        return ShardRows(self.table)
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """Samples per shard."""
+        return self.table["num_samples"].to_numpy()
 
     @property
     def num_samples(self) -> int:
-        return sum(shard.num_samples for shard in self.shards)
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        return tuple(shard.num_samples for shard in self.shards)
+        return int(self.sizes.sum())
 
     @property
     def digest(self) -> str:
         """SHA-256 of content and order, not of place: a copy elsewhere has the same digest."""
-        content = [[s.name, s.num_samples, s.sha256, s.members_sha256] for s in self.shards]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        digest = hashlib.sha256()
+        columns = ("name", "num_samples", "sha256", "members_sha256")
+        for name, samples, tar, members in zip(
+            *(self.table[column].to_pylist() for column in columns), strict=True
+        ):
+            digest.update(f"{name}\0{samples}\0".encode() + tar + members)
+        return digest.hexdigest()
 
 
-@dataclass(frozen=True, slots=True)
-class MemberTable:
-    """Where each sample's members lie in a tar; arrays have one entry per sample (row).
+class ShardRows(Sequence[Shard]):
+    """The rows of an index, made into `Shard`s one by one as they are asked for."""
 
-    A member that a sample lacks has offset -1.
-    """
+    def __init__(self, table: pa.Table) -> None:
+        self._columns = [table[name] for name in Shard.__dataclass_fields__]
 
-    keys: tuple[str, ...]
-    offsets: dict[str, NDArray[np.int64]]
-    sizes: dict[str, NDArray[np.int64]]
-    crc32s: dict[str, NDArray[np.uint32]]
+    def __len__(self) -> int:
+        return len(self._columns[0])
 
-    @property
-    def extensions(self) -> tuple[str, ...]:
-        return tuple(self.offsets)
-
-
-def scan_tar(data: bytes, url: str) -> MemberTable:
-    """Find every sample of a tar by WebDataset's rule (see `_key_and_extension`).
-
-    Raises:
-        ShardMismatchError: the tar is cut (also exactly between members) or damaged, a sample's
-            members are not consecutive, or a name stands twice.
-    """
-    if not data.endswith(_END_OF_TAR):
-        raise ShardMismatchError(
-            f"{url} has no end-of-archive mark after {len(data)} bytes: it is cut short; "
-            f"write or upload it again"
+    @overload
+    def __getitem__(self, number: int) -> Shard: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[Shard]: ...
+    def __getitem__(self, number: int | slice) -> Shard | list[Shard]:
+        if isinstance(number, slice):
+            return [self[n] for n in range(*number.indices(len(self)))]
+        name, size_bytes, etag, sha256, num_samples, members = (
+            column[number].as_py() for column in self._columns
         )
-    samples: dict[str, dict[str, tuple[int, int, int]]] = {}
-    last_key = None
-    try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-            for member in tar:
-                key, extension = _key_and_extension(member.name)
-                if not member.isfile() or not key:
-                    continue
-                if key in samples and (key != last_key or extension in samples[key]):
-                    raise ShardMismatchError(
-                        f"{url}: member {member.name} repeats or interrupts sample {key}; "
-                        f"write the tar again with each sample's members side by side"
-                    )
-                content = data[member.offset_data : member.offset_data + member.size]
-                samples.setdefault(key, {})[extension] = (
-                    member.offset_data,
-                    member.size,
-                    zlib.crc32(content),
-                )
-                last_key = key
-            _check_end(data, tar.offset, url)
-    except tarfile.TarError as error:
-        raise ShardMismatchError(f"{url} is not a readable tar: {error}") from error
-    return _member_table(samples)
+        return Shard(name, size_bytes, etag, sha256.hex(), num_samples, members.hex())
+
+    def __iter__(self) -> Iterator[Shard]:
+        for values in zip(*(column.to_pylist() for column in self._columns), strict=True):
+            name, size_bytes, etag, sha256, num_samples, members = values
+            yield Shard(name, size_bytes, etag, sha256.hex(), num_samples, members.hex())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ShardRows) and list(self) == list(other)
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
 
 
-def _key_and_extension(name: str) -> tuple[str, str]:
-    """WebDataset's rule: the key ends at the base name's first dot, the extension is lower-case.
-
-    The key is "" for names that WebDataset skips: without a dot, or with nothing before it.
-    """
-    folder, slash, base = name.rpartition("/")
-    stem, dot, extension = base.partition(".")
-    return (folder + slash + stem if dot else ""), extension.lower()
-
-
-def _check_end(data: bytes, end: int, url: str) -> None:
-    """Only zeros may follow the last member: tar readers stop in silence at anything else."""
-    rest = data[end:]
-    if len(rest) < len(_END_OF_TAR):
-        raise ShardMismatchError(
-            f"{url} has no end-of-archive mark after byte {end}: it is cut short; "
-            f"write or upload it again"
-        )
-    if rest.count(0) != len(rest):
-        raise ShardMismatchError(
-            f"{url} goes on after byte {end}, where every tar reader stops: a header is damaged "
-            f"or a second tar was appended; write or upload it again"
-        )
-
-
-def _member_table(samples: dict[str, dict[str, tuple[int, int, int]]]) -> MemberTable:
-    extensions = sorted({extension for members in samples.values() for extension in members})
-    absent = (-1, 0, 0)
-    columns = {
-        extension: [members.get(extension, absent) for members in samples.values()]
-        for extension in extensions
-    }
-    return MemberTable(
-        tuple(samples),
-        {name: np.array([m[0] for m in column], np.int64) for name, column in columns.items()},
-        {name: np.array([m[1] for m in column], np.int64) for name, column in columns.items()},
-        {name: np.array([m[2] for m in column], np.uint32) for name, column in columns.items()},
-    )
+def _table_of(shards: Iterable[Shard]) -> pa.Table:
+    rows = list(shards)
+    columns = {name: [getattr(shard, name) for shard in rows] for name in _SCHEMA.names}
+    for name in ("sha256", "members_sha256"):
+        columns[name] = [bytes.fromhex(value) for value in columns[name]]
+    return pa.table(columns, schema=_SCHEMA)
 
 
 def publish_shard(store: ObjectStore, url: str, name: str, tar: bytes) -> Shard:
@@ -170,32 +151,73 @@ def publish_shard(store: ObjectStore, url: str, name: str, tar: bytes) -> Shard:
     Raises:
         ShardMismatchError: the tar is not whole.
     """
-    table = scan_tar(tar, join(url, name))
-    if not table.keys:
-        raise ShardMismatchError(f"{join(url, name)} holds no sample; leave empty shards out")
-    members = _members_to_parquet(table)
+    table = _samples_of(tar, join(url, name))
     info = store.write(join(url, name), tar)
+    return _publish_members(store, url, name, tar, info.etag, table)
+
+
+def index_shard(store: ObjectStore, url: str, name: str, tar: Tar, etag: str) -> tuple[Shard, int]:
+    """Write the member table of a tar that is there already.
+
+    Returns its line of the index, and how many of its samples are interleaved.
+
+    Raises:
+        ShardMismatchError: the tar is not whole, or holds no sample.
+    """
+    table = _samples_of(tar, join(url, name))
+    return _publish_members(store, url, name, tar, etag, table), table.num_interleaved
+
+
+def _publish_members(
+    store: ObjectStore, url: str, name: str, tar: Tar, etag: str, table: MemberTable
+) -> Shard:
+    """Write the member table of a tar, with the tar's line of the index in its metadata."""
     shard = Shard(
         name=name,
         size_bytes=len(tar),
-        etag=info.etag,
+        etag=etag,
         sha256=hashlib.sha256(tar).hexdigest(),
         num_samples=len(table.keys),
-        members_sha256=hashlib.sha256(members).hexdigest(),
+        members_sha256=table.digest,
     )
-    store.write(join(url, shard.members_name), members)
+    notes = {field: str(getattr(shard, field)) for field in Shard.__dataclass_fields__}
+    notes["num_interleaved"] = str(table.num_interleaved)
+    store.write(join(url, shard.members_name), members_to_parquet(table, notes))
     return shard
 
 
-def write_index(store: ObjectStore, url: str, shards: Sequence[Shard]) -> ShardIndex:
+def shard_of_members(data: bytes) -> tuple[Shard, int]:
+    """What `index_shard` returned when it wrote this file.
+
+    Raises:
+        pyarrow.ArrowException, KeyError, ValueError: it is no such file.
+    """
+    notes = notes_of_parquet(data)
+    shard = Shard(
+        name=notes["name"],
+        size_bytes=int(notes["size_bytes"]),
+        etag=notes["etag"],
+        sha256=notes["sha256"],
+        num_samples=int(notes["num_samples"]),
+        members_sha256=notes["members_sha256"],
+    )
+    return shard, int(notes["num_interleaved"])
+
+
+def _samples_of(tar: Tar, url: str) -> MemberTable:
+    table = scan_tar(tar, url)
+    if not table.keys:
+        raise ShardMismatchError(f"{url} holds no sample; leave empty shards out")
+    return table
+
+
+def write_index(store: ObjectStore, url: str, shards: Iterable[Shard]) -> ShardIndex:
     """Publish the index of a shard set; the set exists from here on."""
-    columns = {
-        field: [getattr(shard, field) for shard in shards] for field in Shard.__dataclass_fields__
-    }
+    index = ShardIndex(url, shards)
     sink = io.BytesIO()
-    pq.write_table(pa.table(columns), sink, compression="zstd")
+    pq.write_table(index.table, sink, compression="zstd")
     store.write(join(url, INDEX_NAME), sink.getvalue())
-    return ShardIndex(url, tuple(shards))
+    return index
 
 
 def read_index(store: ObjectStore, url: str) -> ShardIndex:
@@ -210,18 +232,19 @@ def read_index(store: ObjectStore, url: str) -> ShardIndex:
         data = store.read(where)
     except ObjectMissingError as error:
         raise ObjectMissingError(
-            f"no shard index at {where}; check data.shards, or make the set with `diti data make`"
+            f"no shard index at {where}; check data.shards, or index the tars there with `diti data index`"
         ) from error
     try:
-        rows = pq.read_table(io.BytesIO(data)).to_pylist()
-        shards = tuple(Shard(**row) for row in rows)
-    except (pa.ArrowException, TypeError) as error:
+        table = pq.read_table(io.BytesIO(data))
+        if not table.schema.equals(_SCHEMA):
+            raise ValueError(f"its columns are {table.schema.names}")
+    except (pa.ArrowException, ValueError) as error:
         raise ShardMismatchError(
             f"shard index {where} cannot be read ({error}); restore it, or make the set again"
         ) from error
-    if not shards:
+    if not len(table):
         raise ShardMismatchError(f"shard index {where} lists no shard; make the set again")
-    return ShardIndex(url, shards)
+    return ShardIndex(url, table)
 
 
 def read_members(store: ObjectStore, index: ShardIndex, shard: Shard) -> MemberTable:
@@ -232,39 +255,28 @@ def read_members(store: ObjectStore, index: ShardIndex, shard: Shard) -> MemberT
     """
     where = join(index.url, shard.members_name)
     data = store.read(where)
-    if hashlib.sha256(data).hexdigest() != shard.members_sha256:
+    try:
+        table = members_from_parquet(data)
+    except (pa.ArrowException, KeyError) as error:
+        raise ShardMismatchError(
+            f"{where} cannot be read ({error}); index the shard set again"
+        ) from error
+    if table.digest != shard.members_sha256:
         raise ShardMismatchError(
             f"{where} is not the member table that {INDEX_NAME} was written with; "
             f"index the shard set again"
         )
-    table = pq.read_table(io.BytesIO(data))
-    names = [name.removesuffix(".offset") for name in table.column_names if name.endswith("offset")]
-    return MemberTable(
-        tuple(table["key"].to_pylist()),
-        {name: table[f"{name}.offset"].to_numpy() for name in names},
-        {name: table[f"{name}.size"].to_numpy() for name in names},
-        {name: table[f"{name}.crc32"].to_numpy() for name in names},
-    )
+    return table
 
 
 def verify_listing(store: ObjectStore, index: ShardIndex) -> None:
-    """Compare what the store lists with the index: existence, size, ETag. Reads no shard.
+    """Compare what the store lists with the index. Reads no shard.
 
     Raises:
         ShardMismatchError: naming every shard that is missing, cut, or was replaced.
     """
-    found = {info.url: info for info in store.list(index.url)}
-    problems = []
-    for shard in index.shards:
-        info = found.get(join(index.url, shard.name))
-        if info is None:
-            problems.append(f"{shard.name} is missing")
-        elif info.size_bytes != shard.size_bytes:
-            problems.append(
-                f"{shard.name} has {info.size_bytes} bytes instead of {shard.size_bytes}"
-            )
-        elif shard.etag and info.etag and info.etag != shard.etag:
-            problems.append(f"{shard.name} was replaced (ETag {info.etag}, not {shard.etag})")
+    changed = changed_shards(index, store.list(index.url))
+    problems = [f"{name} {problem}" for name, problem in changed.items()]
     if problems:
         more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise ShardMismatchError(
@@ -273,12 +285,16 @@ def verify_listing(store: ObjectStore, index: ShardIndex) -> None:
         )
 
 
-def _members_to_parquet(table: MemberTable) -> bytes:
-    columns: dict[str, object] = {"key": list(table.keys)}
-    for name in table.extensions:
-        columns[f"{name}.offset"] = table.offsets[name]
-        columns[f"{name}.size"] = table.sizes[name]
-        columns[f"{name}.crc32"] = table.crc32s[name]
-    sink = io.BytesIO()
-    pq.write_table(pa.table(columns), sink, compression="zstd")
-    return sink.getvalue()
+def changed_shards(index: ShardIndex, listing: Iterable[ObjectInfo]) -> dict[str, str]:
+    """Shards whose existence, size or ETag is not what the index says, and what is wrong."""
+    found = {info.url: info for info in listing}
+    problems: dict[str, str] = {}
+    for shard in index.shards:
+        info = found.get(join(index.url, shard.name))
+        if info is None:
+            problems[shard.name] = "is missing"
+        elif info.size_bytes != shard.size_bytes:
+            problems[shard.name] = f"has {info.size_bytes} bytes instead of {shard.size_bytes}"
+        elif shard.etag and info.etag and info.etag != shard.etag:
+            problems[shard.name] = f"was replaced (ETag {info.etag}, not {shard.etag})"
+    return problems

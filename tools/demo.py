@@ -19,7 +19,7 @@ from tools.attribute_probe import ProbeResult
 from tools.denoising import FourLosses
 from tools.evaluate_attributes import evaluate_attributes
 from tools.make_data import make_avatars
-from tools.progress import console, image_bar, progress_bar, training_bar, working
+from tools.progress import console, image_bar, shard_bar, training_bar, working
 from tools.report import make_report
 
 AVATARS_URL = "s3://diti/avatars"
@@ -97,8 +97,7 @@ def _make_data(store: ObjectStore) -> None:
 def _export(store: ObjectStore, config: RunConfig, split: Split, step: int) -> str:
     out_url = join(run_url(config), "features", f"step-{step:08d}-{split}")
     which = "trained" if step else "untrained"
-    shards = COUNTS[split] // ROWS_PER_SHARD
-    with progress_bar(f"export {split}, {which}", shards) as update:
+    with shard_bar(f"export {split}, {which}") as show:
         export_features(
             store,
             run_url=run_url(config),
@@ -106,6 +105,6 @@ def _export(store: ObjectStore, config: RunConfig, split: Split, step: int) -> s
             shards_url=join(AVATARS_URL, split),
             out_url=out_url,
             num_workers=NUM_WORKERS,
-            on_progress=lambda state: update(state.done, f"{state.done} of {shards} shards"),
+            on_progress=show,
         )
     return out_url

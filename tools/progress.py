@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from cluster.leases import QueueState
 from pretrain.train import Progress as RankProgress
 
 PLAIN_LINE_SECONDS = 10.0
@@ -82,6 +83,18 @@ def image_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
             update(done, f"{done / (time.monotonic() - start):.0f} images/s")
 
         yield advance
+
+
+@contextmanager
+def shard_bar(label: str) -> Iterator[Callable[[QueueState], None]]:
+    """A bar over batch work; the function it yields takes the state of the queue."""
+    with progress_bar(label, 1.0) as update:
+
+        def show(state: QueueState) -> None:
+            everything = state.done + state.leased + state.waiting + len(state.failures)
+            update(state.done / max(1, everything), f"{state.done} shards done")
+
+        yield show
 
 
 @contextmanager

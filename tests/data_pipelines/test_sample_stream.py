@@ -29,8 +29,9 @@ from data_pipelines.sample_stream import (
     open_stream,
     prefetched,
 )
-from data_pipelines.shard_index import ShardIndex, ShardMismatchError, publish_shard, write_index
+from data_pipelines.shard_index import ShardIndex, publish_shard, write_index
 from data_pipelines.shard_writer import sample_key, write_shard
+from data_pipelines.tar_members import ShardMismatchError
 
 STORE = ObjectStore()
 SIZES = (7, 12, 5, 9, 3)  # 36 samples
@@ -314,10 +315,10 @@ def test_a_flipped_byte_is_named_with_member_and_shard(index: ShardIndex):
     path = Path(index.url, "00003.tar")
     data = bytearray(path.read_bytes())
     with tarfile.open(path) as tar:
-        data[tar.getmember("000030004.json").offset_data + 2] ^= 0x20
+        data[tar.getmember("000030004.jpg").offset_data + 2] ^= 0x20
     path.write_bytes(data)
     with pytest.raises(
-        ShardMismatchError, match=r"00003\.tar: member 000030004\.json at byte \d+ does not match"
+        ShardMismatchError, match=r"00003\.tar: member 000030004\.jpg at byte \d+ does not match"
     ):
         take(stream(index), 3)
 

@@ -12,12 +12,12 @@ import webdataset as wds
 from data_pipelines.object_store import ObjectStore, join
 from data_pipelines.shard_index import (
     ShardIndex,
-    ShardMismatchError,
     read_members,
     verify_listing,
     write_index,
 )
 from data_pipelines.shard_writer import sample_key, shard_name, write_shard
+from data_pipelines.tar_members import ShardMismatchError
 
 STORE = ObjectStore()
 SAMPLES = [(b"\xff\xd8 first", {"caption": "süß", "a": 1}), (b"\xff\xd8 second", {})]

@@ -198,6 +198,8 @@ def test_features_without_a_manifest_are_refused(s3_url: str) -> None:
         ("export",),
         ("report",),
         ("data", "make"),
+        ("data", "index"),
+        ("data", "verify"),
         ("backbone", "train"),
         ("backbone", "samples"),
         ("backbone", "import"),

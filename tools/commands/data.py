@@ -7,7 +7,10 @@ import typer
 
 from tools.commands.outcome import clear_errors
 
-app = typer.Typer(help="Make shard sets.", no_args_is_help=True, rich_markup_mode=None)
+CORES = os.cpu_count() or 1
+app = typer.Typer(
+    help="Make, index and check shard sets.", no_args_is_help=True, rich_markup_mode=None
+)
 
 
 @app.command()
@@ -28,7 +31,7 @@ def make(
         str | None, typer.Option(help="Rows 2i, 2i+1: the same face, this attribute changed.")
     ] = None,
     rows_per_shard: Annotated[int, typer.Option(min=1, help="Images per tar.")] = 1000,
-    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = os.cpu_count() or 1,
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = CORES,
 ) -> None:
     """Render a built-in data set into WebDataset tars with their index.
 
@@ -66,3 +69,70 @@ def make(
             f"{index.num_samples} images in {len(index.shards)} shards at {out}, "
             f"index {index.digest[:12]}"
         )
+
+
+Workers = Annotated[int, typer.Option(min=1, help="Ray actors, one core each.")]
+
+
+@app.command()
+def index(
+    url: Annotated[str, typer.Argument(help="Folder of tars: s3://bucket/prefix or a path.")],
+    workers: Workers = CORES,
+) -> None:
+    """Index tars that are there already, so that they can be trained on. Run it again to go on.
+
+    Reads every tar once. Damaged ones are named and left out; then the exit code is 1.
+
+    Example: diti data index s3://bucket/laion-shards
+    """
+    with clear_errors(goes_on=True):
+        from cluster.index import index_set
+        from data_pipelines.object_store import ObjectStore
+        from tools.progress import shard_bar
+
+        with shard_bar("indexing") as show:
+            found, tars = index_set(ObjectStore(), url, num_workers=workers, on_progress=show)
+        interleaved = sum(tar.num_interleaved for tar in tars.values())
+        typer.echo(
+            f"{found.num_samples} samples in {len(found.shards)} shards at {url}, "
+            f"index {found.digest[:12]}"
+        )
+        if interleaved:
+            typer.echo(
+                f"{interleaved} samples have members of others among theirs: WebDataset's own "
+                f"reader would split them, this project reads them"
+            )
+        report_problems([tar.problem for tar in tars.values() if tar.problem], "left out")
+
+
+@app.command()
+def verify(
+    url: Annotated[str, typer.Argument(help="Folder of a shard set with its index.")],
+    deep: Annotated[bool, typer.Option("--deep", help="Read every byte of every tar.")] = False,
+    workers: Workers = CORES,
+) -> None:
+    """Compare a shard set with its index: what is missing, cut, replaced, repeated, not indexed.
+
+    Example: diti data verify s3://bucket/laion-shards --deep
+    """
+    with clear_errors():
+        from cluster.index import verify_set
+        from data_pipelines.object_store import ObjectStore
+        from data_pipelines.shard_index import read_index
+        from tools.progress import shard_bar
+
+        store = ObjectStore()
+        found = read_index(store, url)
+        with shard_bar("verifying") as show:
+            problems = verify_set(store, found, deep=deep, num_workers=workers, on_progress=show)
+        typer.echo(f"{found.num_samples} samples in {len(found.shards)} shards at {url}")
+        report_problems(problems, "found")
+
+
+def report_problems(problems: list[str], what: str) -> None:
+    """Print them and end with exit code 1, if there are any."""
+    for problem in problems:
+        typer.echo(problem, err=True)
+    if problems:
+        typer.echo(f"diti: {len(problems)} problems {what}", err=True)
+        raise typer.Exit(1)

@@ -16,12 +16,20 @@ def clear_errors(*, goes_on: bool = False) -> Iterator[None]:
     from concurrent.futures import BrokenExecutor
 
     from cluster.export import ExportFailedError
+    from cluster.index import IndexingFailedError
     from cluster.launch import RunFailedError
     from cluster.session import ClusterError
     from data_pipelines.local_s3 import LocalS3Error
 
     refusals = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)
-    failures = (RunFailedError, ExportFailedError, ClusterError, LocalS3Error, BrokenExecutor)
+    failures = (
+        RunFailedError,
+        ExportFailedError,
+        IndexingFailedError,
+        ClusterError,
+        LocalS3Error,
+        BrokenExecutor,
+    )
     try:
         yield
     except refusals as error:

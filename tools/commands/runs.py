@@ -86,9 +86,9 @@ def export(
     with clear_errors(goes_on=True):
         from cluster.export import export_features
         from data_pipelines.object_store import ObjectStore
-        from tools.progress import progress_bar
+        from tools.progress import shard_bar
 
-        with progress_bar("export", 1.0) as update:
+        with shard_bar("export") as show:
             manifest = export_features(
                 ObjectStore(),
                 run_url=run,
@@ -99,10 +99,7 @@ def export(
                 shards_url=shards,
                 out_url=out,
                 num_workers=workers,
-                on_progress=lambda s: update(
-                    s.done / max(1, s.done + s.leased + s.waiting + len(s.failures)),
-                    f"{s.done} shards done",
-                ),
+                on_progress=show,
             )
         typer.echo(f"{manifest.rows} rows of {manifest.checkpoint} at {out}")
 

@@ -1,0 +1,252 @@
+"""Indexing and verifying shard sets on Ray: a worker reads a tar once, front to back.
+
+A tar's line of the index stays in the metadata of its member table, so work that was stopped goes
+on where it was, and a tar that was replaced since is read again. The index is written last.
+"""
+
+import hashlib
+import mmap
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray
+from ray.exceptions import RayError
+
+from cluster.coordinator import Work, start_coordinator
+from cluster.leases import QueueState
+from cluster.session import last_line, ray_session, result_of
+from cluster.work import wait_for, work_off
+from data_pipelines.object_store import (
+    ObjectInfo,
+    ObjectMissingError,
+    ObjectStore,
+    StoreError,
+    absolute,
+    join,
+)
+from data_pipelines.shard_index import (
+    MEMBERS_SUFFIX,
+    Shard,
+    ShardIndex,
+    changed_shards,
+    index_shard,
+    read_members,
+    shard_of_members,
+    write_index,
+)
+from data_pipelines.tar_members import MemberTable, ShardMismatchError, Tar, scan_tar
+
+Task = Callable[[ObjectStore, str, str], Any]
+"""(store, folder URL, tar's name) to a result that Ray can send."""
+
+
+class IndexingFailedError(RuntimeError):
+    """Work on a shard set stopped before its end; what is done is kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class Indexed:
+    """What became of one tar: its line of the index, or why it has none."""
+
+    shard: Shard | None
+    num_interleaved: int = 0
+    """Samples that WebDataset's own reader would split; ours reads them."""
+    problem: str = ""
+
+
+def index_set(
+    store: ObjectStore,
+    url: str,
+    *,
+    num_workers: int,
+    on_progress: Callable[[QueueState], None] = lambda state: None,
+) -> tuple[ShardIndex, dict[str, Indexed]]:
+    """Index every tar below `url`, in order of name; also what became of each.
+
+    Tars that are damaged or hold no sample are left out of the index.
+
+    Raises:
+        ValueError: there is no tar that can be used.
+        IndexingFailedError: the store or Ray failed; the same call goes on from there.
+    """
+    url = absolute(url)
+    names = [name for name in _names_of(url, store.list(url)) if name.endswith(".tar")]
+    if not names:
+        raise ValueError(f"there is no .tar below {url}; check the URL")
+    found = _on_workers(store, url, names, num_workers, _index_one, on_progress)
+    shards = [shard for name in names if (shard := found[name].shard) is not None]
+    if not shards:
+        raise ValueError(
+            f"none of the {len(names)} tars below {url} can be used; {names[0]}: "
+            f"{found[names[0]].problem}"
+        )
+    return write_index(store, url, shards), found
+
+
+def verify_set(
+    store: ObjectStore,
+    index: ShardIndex,
+    *,
+    deep: bool,
+    num_workers: int,
+    on_progress: Callable[[QueueState], None] = lambda state: None,
+) -> list[str]:
+    """What is wrong with a shard set, one line each; nothing is changed.
+
+    Args:
+        deep: read every byte of every shard, not only the listing.
+
+    Raises:
+        IndexingFailedError: the store or Ray failed.
+    """
+    listing = store.list(index.url)
+    problems = changed_shards(index, listing)
+    if deep:
+        names = [shard.name for shard in index.shards if shard.name not in problems]
+        task = partial(_verify_one, {shard.name: shard for shard in index.shards})
+        found = _on_workers(store, index.url, names, num_workers, task, on_progress)
+        problems |= {name: problem for name, problem in found.items() if problem}
+    problems |= _unindexed(index, listing) | _repeated(index)
+    return [f"{name} {problem}" for name, problem in sorted(problems.items())]
+
+
+def _unindexed(index: ShardIndex, listing: list[ObjectInfo]) -> dict[str, str]:
+    known = {shard.name for shard in index.shards}
+    tars = (name for name in _names_of(index.url, listing) if name.endswith(".tar"))
+    return {name: "is not in the index" for name in tars if name not in known}
+
+
+def _repeated(index: ShardIndex) -> dict[str, str]:
+    first: dict[str, str] = {}
+    repeated: dict[str, str] = {}
+    for shard in index.shards:
+        if first.setdefault(shard.sha256, shard.name) != shard.name:
+            repeated[shard.name] = f"holds the same bytes as {first[shard.sha256]}"
+    return repeated
+
+
+def _names_of(url: str, listing: list[ObjectInfo]) -> list[str]:
+    return [info.url.removeprefix(url.rstrip("/") + "/") for info in listing]
+
+
+def _on_workers(
+    store: ObjectStore,
+    url: str,
+    names: list[str],
+    num_workers: int,
+    task: Task,
+    on_progress: Callable[[QueueState], None],
+) -> dict[str, Any]:
+    """The task's result for every tar, by name."""
+    with ray_session(num_cpus=num_workers):
+        coordinator = start_coordinator(
+            f"index-{uuid.uuid4().hex[:8]}", store, work=Work(tuple(names))
+        )
+        actor: Any = ray.remote(num_cpus=1, max_restarts=3, max_task_retries=3)(_Worker)
+        workers = [actor.remote(store, url, task) for _ in range(min(num_workers, len(names)))]
+        try:
+            running = [
+                worker.work.remote(f"worker-{number}", coordinator)
+                for number, worker in enumerate(workers)
+            ]
+            state = wait_for(running, coordinator, on_progress)
+            results = result_of(coordinator.results.remote())
+        except (StoreError, RayError) as error:
+            raise IndexingFailedError(
+                f"work on {url} stopped: {last_line(error)}. What is done is kept; run the same "
+                f"command again to go on."
+            ) from error
+        finally:
+            for handle in (*workers, coordinator):
+                ray.kill(handle)
+    if state.failures:
+        name, reason = next(iter(sorted(state.failures.items())))
+        raise IndexingFailedError(
+            f"{len(state.failures)} of {len(names)} tars below {url} could not be read, first "
+            f"{name}: {reason}. What is done is kept; run the same command again to go on."
+        )
+    return results
+
+
+class _Worker:
+    def __init__(self, store: ObjectStore, url: str, task: Task) -> None:
+        self._store, self._url, self._task = store, url, task
+
+    def work(self, name: str, coordinator: Any) -> None:
+        work_off(name, coordinator, lambda item: self._task(self._store, self._url, item))
+
+
+def _index_one(store: ObjectStore, url: str, name: str) -> Indexed:
+    info = store.stat(join(url, name))
+    if (known := _known_line(store, url, name, info)) is not None:
+        return known
+    try:
+        with _mapped(store, info) as tar:
+            shard, interleaved = index_shard(store, url, name, tar, info.etag)
+    except ShardMismatchError as error:
+        return Indexed(None, problem=str(error))
+    return Indexed(shard, interleaved)
+
+
+def _known_line(store: ObjectStore, url: str, name: str, info: ObjectInfo) -> Indexed | None:
+    """What an earlier indexing of the same tar found. Local files have no ETag: read again."""
+    try:
+        data = store.read(join(url, name.removesuffix(".tar") + MEMBERS_SUFFIX))
+        shard, interleaved = shard_of_members(data)
+    except (ObjectMissingError, pa.ArrowException, KeyError, ValueError):
+        return None
+    same = (shard.name, shard.size_bytes, shard.etag) == (name, info.size_bytes, info.etag)
+    return Indexed(shard, interleaved) if same and info.etag else None
+
+
+def _verify_one(shards: dict[str, Shard], store: ObjectStore, url: str, name: str) -> str:
+    """What is wrong with one tar, byte for byte; "" for nothing."""
+    shard = shards[name]
+    try:
+        table = read_members(store, ShardIndex(url, [shard]), shard)
+    except (ShardMismatchError, ObjectMissingError) as error:
+        return f"has no usable member table ({error})"
+    with _mapped(store, store.stat(join(url, name))) as tar:
+        if hashlib.sha256(tar).hexdigest() == shard.sha256:
+            return ""
+        try:
+            return _difference(table, scan_tar(tar, join(url, name)))
+        except ShardMismatchError as error:
+            return f"was damaged: {error}"
+
+
+def _difference(before: MemberTable, now: MemberTable) -> str:
+    """In what a tar's samples differ from those that were indexed."""
+    lost = [key for key in before.keys if key not in set(now.keys)]
+    new = [key for key in now.keys if key not in set(before.keys)]
+    if lost or new:
+        return f"was replaced: {len(lost)} samples are gone, {len(new)} are new"
+    changed = [
+        f"{key}.{extension}"
+        for extension in before.extensions
+        for row, key in enumerate(before.keys)
+        if extension not in now.crc32s
+        or before.crc32s[extension][row] != now.crc32s[extension][now.keys.index(key)]
+    ]
+    first = f", first {changed[0]}" if changed else ""
+    return f"was replaced: {len(changed)} members have other content{first}"
+
+
+@contextmanager
+def _mapped(store: ObjectStore, info: ObjectInfo) -> Iterator[Tar]:
+    """A tar's bytes, however large: fetched to scratch and mapped, not held in memory."""
+    with tempfile.TemporaryDirectory(prefix="diti-index-") as folder:
+        path = Path(folder) / "shard.tar"
+        store.download(info.url, path)
+        if not info.size_bytes:
+            yield b""
+            return
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as tar:
+            yield tar

@@ -1,0 +1,203 @@
+"""What is in one tar: where each sample's members lie, and a compact table of that.
+
+A sample is what WebDataset makes of one: the members whose names agree up to the first dot. Unlike
+WebDataset's own reader, ours does not need them side by side.
+"""
+
+import hashlib
+import io
+import mmap
+import tarfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+BLOCK_BYTES = 512
+"""Members of a tar begin at multiples of this."""
+_END_OF_TAR = b"\0" * (2 * BLOCK_BYTES)
+_ABSENT = (-BLOCK_BYTES, 0, 0)
+
+Tar = bytes | mmap.mmap
+
+
+class ShardMismatchError(ValueError):
+    """A shard or its index is not what the other says."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemberTable:
+    """Where each sample's members lie in a tar; arrays have one entry per sample (row).
+
+    A member that a sample lacks has a negative offset.
+    """
+
+    keys: tuple[str, ...]
+    offsets: dict[str, NDArray[np.int64]]
+    sizes: dict[str, NDArray[np.int64]]
+    crc32s: dict[str, NDArray[np.uint32]]
+
+    @property
+    def extensions(self) -> tuple[str, ...]:
+        return tuple(self.offsets)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the content, whatever file it is kept in."""
+        digest = hashlib.sha256("\0".join((*self.keys, "", *self.extensions)).encode())
+        for name in self.extensions:
+            digest.update(self.offsets[name].astype("<i8").tobytes())
+            digest.update(self.sizes[name].astype("<i8").tobytes())
+            digest.update(self.crc32s[name].astype("<u4").tobytes())
+        return digest.hexdigest()
+
+    @property
+    def num_interleaved(self) -> int:
+        """Samples with a member of another one among theirs; WebDataset's reader splits them."""
+        if not self.keys:
+            return 0
+        offsets = np.array(list(self.offsets.values()))
+        rows = np.broadcast_to(np.arange(len(self.keys)), offsets.shape)[offsets >= 0]
+        rows = rows[np.argsort(offsets[offsets >= 0])]
+        begins = rows[np.flatnonzero(np.diff(rows, prepend=-1))]
+        return int((np.bincount(begins) > 1).sum())
+
+
+def scan_tar(data: Tar, url: str) -> MemberTable:
+    """Find every sample of a tar, rows in the order in which their keys first appear.
+
+    Raises:
+        ShardMismatchError: the tar is cut (also exactly between members) or damaged, or a member
+            stands twice.
+    """
+    if data[-len(_END_OF_TAR) :] != _END_OF_TAR:
+        raise ShardMismatchError(
+            f"{url} has no end-of-archive mark after {len(data)} bytes: it is cut short; "
+            f"write or upload it again"
+        )
+    samples: dict[str, dict[str, tuple[int, int, int]]] = {}
+    file = io.BytesIO(data) if isinstance(data, bytes) else data
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:  # pyright: ignore[reportArgumentType, reportCallIssue]
+            for member in tar:
+                key, extension = key_and_extension(member.name)
+                if not member.isfile() or not key:
+                    continue
+                members = samples.setdefault(key, {})
+                if extension in members:
+                    raise ShardMismatchError(
+                        f"{url}: member {member.name} stands twice in sample {key}; "
+                        f"write the tar again with one of them"
+                    )
+                start = member.offset_data
+                content = data[start : start + member.size]
+                members[extension] = (start, member.size, zlib.crc32(content))
+            _check_end(data, tar.offset, url)
+    except tarfile.TarError as error:
+        raise ShardMismatchError(f"{url} is not a readable tar: {error}") from error
+    return _member_table(samples)
+
+
+def key_and_extension(name: str) -> tuple[str, str]:
+    """WebDataset's rule: the key ends at the base name's first dot, the extension is lower-case.
+
+    The key is "" for names that WebDataset skips: without a dot, or with nothing before it.
+    """
+    folder, slash, base = name.rpartition("/")
+    stem, dot, extension = base.partition(".")
+    return (folder + slash + stem if dot else ""), extension.lower()
+
+
+def _check_end(data: Tar, end: int, url: str) -> None:
+    """Only zeros may follow the last member: tar readers stop in silence at anything else."""
+    rest = data[end:]
+    if len(rest) < len(_END_OF_TAR):
+        raise ShardMismatchError(
+            f"{url} has no end-of-archive mark after byte {end}: it is cut short; "
+            f"write or upload it again"
+        )
+    if rest.count(0) != len(rest):
+        raise ShardMismatchError(
+            f"{url} goes on after byte {end}, where every tar reader stops: a header is damaged "
+            f"or a second tar was appended; write or upload it again"
+        )
+
+
+def _member_table(samples: dict[str, dict[str, tuple[int, int, int]]]) -> MemberTable:
+    extensions = sorted({extension for members in samples.values() for extension in members})
+    columns = {
+        extension: [members.get(extension, _ABSENT) for members in samples.values()]
+        for extension in extensions
+    }
+    return MemberTable(
+        tuple(samples),
+        {name: np.array([m[0] for m in column], np.int64) for name, column in columns.items()},
+        {name: np.array([m[1] for m in column], np.int64) for name, column in columns.items()},
+        {name: np.array([m[2] for m in column], np.uint32) for name, column in columns.items()},
+    )
+
+
+def members_to_parquet(table: MemberTable, notes: dict[str, str]) -> bytes:
+    """The table in few bytes: offsets in blocks and sizes by their differences, keys by what they
+    share with the one before. CRC-32s do not compress.
+
+    Args:
+        notes: kept in the file's metadata; see `notes_of_parquet`.
+    """
+    columns: dict[str, pa.Array] = {"key": pa.array(table.keys, pa.string())}
+    encodings = {"key": "DELTA_BYTE_ARRAY"}
+    for name in table.extensions:
+        columns[f"{name}.block"] = pa.array(table.offsets[name] // BLOCK_BYTES)
+        columns[f"{name}.size"] = pa.array(table.sizes[name])
+        columns[f"{name}.crc32"] = pa.array(table.crc32s[name])
+        encodings |= {
+            f"{name}.block": "DELTA_BINARY_PACKED",
+            f"{name}.size": "DELTA_BINARY_PACKED",
+            f"{name}.crc32": "PLAIN",
+        }
+    sink = io.BytesIO()
+    pq.write_table(
+        pa.table(columns).replace_schema_metadata(notes),
+        sink,
+        compression="zstd",
+        use_dictionary=False,
+        write_statistics=False,
+        column_encoding=encodings,
+    )
+    return sink.getvalue()
+
+
+def members_from_parquet(data: bytes) -> MemberTable:
+    """What `members_to_parquet` was given.
+
+    Raises:
+        pyarrow.ArrowException, KeyError: it is no such file.
+    """
+    table = pq.read_table(io.BytesIO(data))
+    names = [name.removesuffix(".block") for name in table.column_names if name.endswith(".block")]
+    return MemberTable(
+        tuple(table["key"].to_pylist()),
+        {name: table[f"{name}.block"].to_numpy() * BLOCK_BYTES for name in names},
+        {name: table[f"{name}.size"].to_numpy() for name in names},
+        {name: table[f"{name}.crc32"].to_numpy() for name in names},
+    )
+
+
+def notes_of_parquet(data: bytes) -> dict[str, str]:
+    """The notes that a table was written with."""
+    metadata = pq.read_schema(io.BytesIO(data)).metadata or {}
+    return {key.decode(): value.decode() for key, value in metadata.items()}
+
+
+def row_span(
+    table: MemberTable, first: int, last: int, extensions: Sequence[str]
+) -> tuple[int, int]:
+    """Byte range [start, end) that holds these members of rows first..last-1; (0, 0) for none."""
+    starts = np.array([table.offsets[e][first:last] for e in extensions])
+    ends = starts + np.array([table.sizes[e][first:last] for e in extensions])
+    there = starts >= 0
+    return (int(starts[there].min()), int(ends[there].max())) if there.any() else (0, 0)

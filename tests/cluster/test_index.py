@@ -1,0 +1,151 @@
+"""Indexing sets that others wrote, and saying what became of a set since; all on real Ray."""
+
+import io
+import tarfile
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from cluster.index import index_set
+from cluster.session import ray_session
+from configs.schema import DataConfig
+from data_pipelines.object_store import ObjectStore, join
+from data_pipelines.sample_order import SampleOrder
+from data_pipelines.sample_stream import open_stream
+from data_pipelines.shard_index import read_index, verify_listing
+from tests.tars import headers, tar_of
+from tools.cli import app
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray() -> Iterator[None]:
+    with ray_session(num_cpus=2):
+        yield
+
+
+def jpeg(seed: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 255, (16, 16, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def tar(number: int, *, interleaved: bool = False, tar_format: int = tarfile.USTAR_FORMAT) -> bytes:
+    """Three samples in img2dataset's naming."""
+    images = [(f"{number:05d}{row:04d}.jpg", jpeg(10 * number + row)) for row in range(3)]
+    texts = [(f"{number:05d}{row:04d}.txt", b"a face") for row in range(3)]
+    pairs = [member for pair in zip(images, texts, strict=True) for member in pair]
+    return tar_of([*images, *texts] if interleaved else pairs, tar_format)
+
+
+@pytest.fixture
+def written(store: ObjectStore, s3_url: str) -> str:
+    """A set of another writer's tars, without an index."""
+    formats = (tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT, tarfile.GNU_FORMAT)
+    for number, tar_format in enumerate(formats):
+        store.write(join(s3_url, f"{number:05d}.tar"), tar(number, tar_format=tar_format))
+    store.write(join(s3_url, "00003.tar"), tar(3, interleaved=True))
+    store.write(join(s3_url, "00003_stats.json"), b"{}")  # img2dataset leaves such beside them
+    return s3_url
+
+
+def diti(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["data", *arguments, "--workers", "2"])
+
+
+def test_tars_of_other_writers_become_a_set_that_can_be_trained_on(
+    store: ObjectStore, written: str
+):
+    result = diti("index", written)
+    assert result.exit_code == 0, result.output
+    assert "12 samples in 4 shards" in result.output
+    assert "3 samples have members of others among theirs" in result.output
+    index = read_index(store, written)
+    verify_listing(store, index)
+    order = SampleOrder(index.sizes, seed=0, lanes=4, window_rows=2)
+    data = DataConfig(shards=written, image_size_px=16)
+    batches = open_stream(
+        store, index, order, data, global_batch=12, micro_batch=12, rank=0, world_size=1,
+        first_batch=0,
+    )  # fmt: skip
+    assert sorted(next(batches).keys) == [f"{n:05d}{row:04d}" for n in range(4) for row in range(3)]
+
+
+def test_damaged_tars_are_named_and_left_out(store: ObjectStore, written: str):
+    whole = tar(4)
+    second = headers(whole)[2].offset
+    store.write(join(written, "00004.tar"), whole[:second])  # exactly at a member's boundary
+    store.write(join(written, "00005.tar"), b"")
+    result = diti("index", written)
+    assert result.exit_code == 1
+    assert "12 samples in 4 shards" in result.stdout
+    assert "00004.tar has no end-of-archive mark" in result.stderr
+    assert "00005.tar has no end-of-archive mark after 0 bytes" in result.stderr
+    assert "2 problems left out" in result.stderr
+    assert "00005.tar is not in the index" in diti("verify", written).stderr
+
+
+def test_indexing_goes_on_where_it_was_and_reads_again_what_was_replaced(
+    store: ObjectStore, written: str
+):
+    index_set(store, written, num_workers=2)
+    before = read_index(store, written)
+    for name in ("00000.members.parquet", "index.parquet"):
+        store.delete(join(written, name))
+    store.write(join(written, "00002.tar"), tar(9))
+    kept = store.stat(join(written, "00001.members.parquet"))
+    index, _ = index_set(store, written, num_workers=2)
+    assert store.stat(join(written, "00001.members.parquet")) == kept
+    assert index.shards[:2] == before.shards[:2]
+    assert index.shards[2].sha256 != before.shards[2].sha256
+    assert read_index(store, written) == index
+
+
+def test_a_folder_without_a_usable_tar_is_refused(store: ObjectStore, s3_url: str):
+    assert "there is no .tar below" in diti("index", s3_url).stderr
+    store.write(join(s3_url, "x.tar"), b"<html>")
+    result = diti("index", s3_url)
+    assert result.exit_code == 2
+    assert "none of the 1 tars" in result.stderr
+
+
+def test_verify_finds_every_kind_of_change(store: ObjectStore, written: str):
+    index_set(store, written, num_workers=2)
+    assert diti("verify", written, "--deep").exit_code == 0
+    store.delete(join(written, "00000.tar"))
+    store.write(join(written, "00001.tar"), tar(1)[:-512])
+    other = bytearray(tar(2, tar_format=tarfile.GNU_FORMAT))
+    member = headers(bytes(other))[2]
+    other[member.offset_data + 40] ^= 1
+    store.write(join(written, "00002.tar"), bytes(other))
+    store.write(join(written, "00007.tar"), tar(7))
+    result = diti("verify", written)
+    assert result.exit_code == 1
+    for line in (
+        "00000.tar is missing",
+        "00001.tar has 9728 bytes instead of 10240",
+        "00002.tar was replaced (ETag",
+        "00007.tar is not in the index",
+    ):
+        assert line in result.stderr, result.stderr
+
+
+def test_deep_verification_needs_no_etag_and_names_the_member(
+    store: ObjectStore, tmp_path, written: str
+):
+    folder = str(tmp_path)  # local files have no ETag: only their bytes can tell
+    for number in range(3):
+        store.write(join(folder, f"{number}.tar"), tar(number % 2))
+    index_set(store, folder, num_workers=2)
+    content = bytearray(store.read(join(folder, "1.tar")))
+    member = headers(bytes(content))[2]
+    content[member.offset_data + 40] ^= 1
+    store.write(join(folder, "1.tar"), bytes(content))
+    shallow, deep = diti("verify", folder), diti("verify", folder, "--deep")
+    assert "2.tar holds the same bytes as 0.tar" in shallow.stderr
+    assert "1.tar" not in shallow.stderr
+    assert f"1.tar was replaced: 1 members have other content, first {member.name}" in deep.stderr
+    assert "2 problems found" in deep.stderr
