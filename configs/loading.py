@@ -183,7 +183,7 @@ def _describe(details: ErrorDetails) -> str:
 
 def _without_tags(location: tuple[int | str, ...]) -> list[int | str]:
     """`location` without the branch's name that pydantic puts behind each union."""
-    unions = ("task", "partition")
+    unions = ("task", "partition", "encoder")
     return [part for before, part in pairwise(("", *location)) if before not in unions]
 
 

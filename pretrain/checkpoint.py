@@ -157,6 +157,12 @@ def newest(store: ObjectStore, run_url: str) -> Manifest | None:
     return read_manifest(store, run_url, steps[-1]) if steps else None
 
 
+def newest_for_all(store: ObjectStore, run_url: str, world: World) -> Manifest | None:
+    """Collective: the newest complete checkpoint as rank 0 sees it, so that all ranks agree."""
+    manifest = from_first_rank(newest(store, run_url) if world.is_first else None)
+    return manifest if isinstance(manifest, Manifest) else None
+
+
 def find(store: ObjectStore, run_url: str, step: int | None) -> Manifest:
     """The complete checkpoint at `step`, or the newest one.
 

@@ -178,6 +178,7 @@ def test_rules_between_fields_name_their_section():
         ("train.global_bach", "did you mean 'global_batch'?"),
         ("task.encodr", "did you mean 'encoder'?"),
         ("task.encoder.latentdim", "did you mean 'latent_dim'?"),
+        ("task.encoder.chanels", "did you mean 'channels'?"),
         ("task.backbone.sha", "did you mean 'sha256'?"),
         ("task.schedul", "valid keys are ['backbone', 'encoder', "),  # of the other kind of task
         ("wandb.zzz", "valid keys are ['mode', 'project']"),
@@ -205,6 +206,10 @@ def test_an_unknown_kind_of_task_is_answered_with_the_known_ones_and_hides_nothi
     found = problems_of(MINIMAL, "task.kind=dity", "seed=x")
     assert "task.kind = 'dity': must be one of 'diti', 'denoiser'" in found
     assert len(found) == 2
+    (problem,) = problems_of(MINIMAL, "task.encoder.kind=resnet18")
+    assert problem == "task.encoder.kind = 'resnet18': must be one of 'conv', 'resnet10'"
+    (problem,) = problems_of(MINIMAL, "task.encoder={kind: resnet10, channels: [32]}")
+    assert problem == "task.encoder.channels: unknown key; valid keys are ['kind', 'latent_dim']"
     assert problems_of(MINIMAL, "task={}") == ("task.kind: is required but missing",)
 
 
