@@ -28,6 +28,7 @@ class DiTi(nn.Module):
     def __init__(self, task: DitiTask, backbone: Backbone, *, image_size_px: int) -> None:
         super().__init__()
         self.task = task
+        self.image_size_px = image_size_px
         self.partition = make_partition(task.partition, task.encoder.latent_dim)
         self.schedule = make_schedule(backbone.schedule)
         self.prediction: Prediction = backbone.prediction

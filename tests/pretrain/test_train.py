@@ -5,12 +5,10 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
@@ -20,25 +18,22 @@ from pretrain import checkpoint
 from pretrain.preflight import preflight, run_url
 from pretrain.train import Progress, run
 from pretrain.trained import load_diti, load_encoder
-from pretrain.world import join_world
+from pretrain.world import World
 from tests.tiny_run import make_run
 
 STORE = ObjectStore()
 FILES = (checkpoint.WEIGHTS_NAME, checkpoint.EMA_NAME)
+pytestmark = pytest.mark.usefixtures("world")
 SHORT = (  # 3 steps, checkpoints at 0, 2 and 3
     "train.global_batch=8",
     "train.total_images=24",
     "train.checkpoint_every_images=16",
     "cluster.num_workers=1",
 )
-RESNET10 = ("task.encoder={kind: resnet10}", "task.partition={kind: published}")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group() -> Iterator[None]:
-    join_world()
-    yield
-    dist.destroy_process_group()
+RESNET10 = (
+    "task.encoder={kind: resnet10}",
+    "task.partition={kind: published, num_subsets: 1}",
+)
 
 
 def tensors(config: RunConfig, step: int | None, name: str) -> dict[str, Tensor]:
@@ -66,7 +61,7 @@ def buffers(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def resnet10(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+def resnet10(tmp_path_factory: pytest.TempPathFactory, world: World) -> RunConfig:
     """A finished run with BatchNorm."""
     folder = tmp_path_factory.mktemp("resnet10")
     config = make_run(STORE, str(folder), *SHORT, *RESNET10)
@@ -167,13 +162,13 @@ def test_a_run_starts_from_another_ones_average_and_needs_it_no_more_once_it_has
 # --- what a run says about itself -----------------------------------------------------------------
 
 
-def test_progress_and_metrics_tell_the_most_memory_so_far(tmp_path: Path):
+def test_progress_and_metrics_tell_the_most_memory_so_far(tmp_path: Path, world: World):
     reports: list[Progress] = []
     config = make_run(STORE, str(tmp_path), *SHORT)
     manifest = run(config, local_dir=tmp_path, report=reports.append)
     peaks = [progress.peak_memory_gib for progress in reports]
     assert len(peaks) == 3
-    assert 0.1 < peaks[0] <= peaks[1] <= peaks[2] <= join_world().peak_memory_gib()
+    assert 0.1 < peaks[0] <= peaks[1] <= peaks[2] <= world.peak_memory_gib()
     lines = checkpoint.read_metrics(STORE, run_url(config), manifest)
     assert [line["peak_memory_gib"] for line in lines] == peaks
 
