@@ -160,8 +160,8 @@ Z = torch.randn(2, 24, generator=torch.Generator().manual_seed(2))
 
 @pytest.fixture(scope="module")
 def steered() -> tuple[Estimate, Estimate, Estimate]:
-    """DiTi trained on [50, 200): its estimate, its backbone's, and always the shifted one."""
-    model = tiny_diti(timesteps=TimestepsConfig(edges=(50, 200))).eval()
+    """DiTi trained on [50, 300): its estimate, its backbone's, and always the shifted one."""
+    model = tiny_diti(timesteps=TimestepsConfig(edges=(50, 300))).eval()
     return (
         diti_estimate(model, Z),
         model.decoder.backbone,
@@ -171,7 +171,7 @@ def steered() -> tuple[Estimate, Estimate, Estimate]:
 
 def test_the_estimate_is_shifted_exactly_where_the_model_was_trained(steered):
     estimate, backbone, shifted = steered
-    for t, trained in ((0, False), (49, False), (50, True), (199, True), (200, False)):
+    for t, trained in ((0, False), (49, False), (50, True), (299, True), (300, False)):
         t_B = torch.tensor([t, t])
         expected = (shifted if trained else backbone)(NOISE, t_B)
         torch.testing.assert_close(estimate(NOISE, t_B), expected, rtol=1e-5, atol=1e-6)
