@@ -255,9 +255,10 @@ def check_resumable(
     """Refuse to go on from a checkpoint of another run.
 
     Raises:
-        CheckpointError: listing every setting that differs and both its values.
+        CheckpointError: listing every setting that differs and both its values, or those that the
+            checkpoint has and this version does not know.
     """
-    before = _flat(manifest.config)
+    before = _flat(run_of(manifest).model_dump(mode="json"))  # with defaults of newer settings
     now = _flat(config.model_dump(mode="json"))
     before |= {"shard index": manifest.index_digest, "backbone": manifest.backbone_sha256}
     now |= {"shard index": index_digest, "backbone": backbone_sha256}

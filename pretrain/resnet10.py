@@ -1,5 +1,7 @@
 """The other published encoder: a ResNet of four basic blocks (METHOD section 4, ResNet10).
 
+METHOD does not give the stride of the first convolution; 1 is assumed, the habit for small images.
+
 BatchNorm normalises by the images of a rank's micro-batch, so with this encoder, and only with it,
 the numbers of a run depend on `cluster.num_workers` and `train.max_micro_batch`.
 

@@ -372,8 +372,17 @@ def test_every_setting_that_differs_is_listed_with_both_values(manifest: Manifes
 
 def test_a_setting_that_only_the_checkpoint_has_is_listed_too(manifest: Manifest):
     older = replace(manifest, config=manifest.config | {"dropped": {"later": 5}})
-    with pytest.raises(CheckpointError, match=r"dropped\.later was 5, is None"):
+    with pytest.raises(
+        CheckpointError, match=r"step-00000002 cannot be used: dropped: unknown key"
+    ):
         resume(older, make_config())
+
+
+def test_a_setting_that_the_checkpoint_has_not_yet_had_its_default(manifest: Manifest):
+    encoder = dict(manifest.config["task"]["encoder"])
+    assert encoder.pop("kind") == "conv"
+    task = manifest.config["task"] | {"encoder": encoder}
+    resume(replace(manifest, config=manifest.config | {"task": task}), make_config())
 
 
 def test_a_configuration_that_this_version_cannot_read_is_named(manifest: Manifest):
