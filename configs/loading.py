@@ -174,7 +174,8 @@ def _describe(details: ErrorDetails) -> str:
         case "union_tag_not_found":
             return f"{dotted}.kind: is required but missing"
         case "missing":
-            return f"{dotted}: is required but missing"
+            needed = " ".join(f"{path}=..." for path in _required_below(details["loc"]))
+            return f"{dotted}: is required but missing; give {needed}"
         case "value_error":
             return f"{dotted}: {details['msg'].removeprefix('Value error, ')}"
         case _:
@@ -183,7 +184,7 @@ def _describe(details: ErrorDetails) -> str:
 
 def _without_tags(location: tuple[int | str, ...]) -> list[int | str]:
     """`location` without the branch's name that pydantic puts behind each union."""
-    unions = ("task", "partition")
+    unions = ("task", "partition", "encoder")
     return [part for before, part in pairwise(("", *location)) if before not in unions]
 
 
@@ -193,8 +194,25 @@ def _nearest(location: tuple[int | str, ...]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; valid keys are {sorted(names)}"
 
 
+def _required_below(location: tuple[int | str, ...]) -> list[str]:
+    """Dotted paths of what a missing value, or a missing section, cannot do without."""
+    dotted = ".".join(str(part) for part in _without_tags(location))
+    [parent] = _sections_at(RunConfig, location[:-1])
+    match _sections_in(parent.model_fields[str(location[-1])].annotation):
+        case [section]:
+            needed = [name for name, field in section.model_fields.items() if field.is_required()]
+            return [f"{dotted}.{name}" for name in needed] or [dotted]
+        case _:
+            return [dotted]
+
+
 def _field_names(model: type[BaseModel], location: Iterable[int | str]) -> Iterator[str]:
-    """Field names of the section at `location`, where union tags choose the branch."""
+    """Field names of the section at `location`."""
+    return (name for section in _sections_at(model, location) for name in section.model_fields)
+
+
+def _sections_at(model: type[BaseModel], location: Iterable[int | str]) -> list[type[BaseModel]]:
+    """The section at `location`, where union tags choose the branch; every branch without one."""
     sections = [model]
     for part in location:
         deeper = [
@@ -204,7 +222,7 @@ def _field_names(model: type[BaseModel], location: Iterable[int | str]) -> Itera
             for section in _sections_in(parent.model_fields[str(part)].annotation)
         ]
         sections = deeper or [s for s in sections if _tag(s) == part] or sections
-    return (name for section in sections for name in section.model_fields)
+    return sections
 
 
 def _sections_in(annotation: Any) -> list[type[BaseModel]]:

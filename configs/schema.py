@@ -70,6 +70,15 @@ def _check_rising(name: str, values: Sequence[float]) -> None:
             raise ValueError(f"{name} must rise, got {after:g} after {before:g}")
 
 
+def _kind_or(default: str) -> Discriminator:
+    """Tells the sections of a union apart by `kind`, which run files may leave out."""
+
+    def kind_of(value: Any) -> str:
+        return value.get("kind", default) if isinstance(value, dict) else getattr(value, "kind", "")
+
+    return Discriminator(kind_of)
+
+
 class Section(BaseModel):
     """A part of the schema: unknown keys refused, no coercion, no change after loading."""
 
@@ -188,6 +197,7 @@ class BackboneConfig(Section):
 class EncoderConfig(Section):
     """Convolutional encoder x_0 -> z (METHOD section 4)."""
 
+    kind: Literal["conv"] = "conv"
     latent_dim: PositiveInt = 512
     """Dimensions of z."""
     channels: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (64, 128, 128, 128)
@@ -214,6 +224,32 @@ class EncoderConfig(Section):
                 f"the attention, got {self.num_heads}"
             )
         return self
+
+
+class ResNet10Config(Section):
+    """ResNet10 encoder x_0 -> z (METHOD section 4): nothing about it can be chosen.
+
+    It has BatchNorm over a rank's micro-batch: its numbers depend on the number of workers.
+    """
+
+    kind: Literal["resnet10"]
+    latent_dim: int = 512
+    """Dimensions of z: the channels of the last block, whatever else was asked for."""
+
+    @model_validator(mode="after")
+    def _has_512_dimensions(self) -> Self:
+        if self.latent_dim != 512:
+            raise ValueError(
+                f"latent_dim of a resnet10 is 512, the channels of its last block, "
+                f"got {self.latent_dim}; leave it out, or choose kind conv"
+            )
+        return self
+
+
+AnyEncoderConfig = Annotated[
+    Annotated[EncoderConfig, Tag("conv")] | Annotated[ResNet10Config, Tag("resnet10")],
+    _kind_or("conv"),
+]
 
 
 class StagedPartition(Section):
@@ -297,13 +333,9 @@ class PublishedPartition(Section):
         return self
 
 
-def _kind_of_partition(value: Any) -> str:
-    return value.get("kind", "stages") if isinstance(value, dict) else getattr(value, "kind", "")
-
-
 PartitionConfig = Annotated[
     Annotated[StagedPartition, Tag("stages")] | Annotated[PublishedPartition, Tag("published")],
-    Discriminator(_kind_of_partition),
+    _kind_or("stages"),
 ]
 
 
@@ -343,7 +375,7 @@ class DitiTask(Section):
 
     kind: Literal["diti"]
     backbone: BackboneConfig
-    encoder: EncoderConfig = EncoderConfig()
+    encoder: AnyEncoderConfig = EncoderConfig()
     partition: PartitionConfig = StagedPartition()
     mode: Literal["base", "stop_grad", "dual"] = "base"
     """What the decoder sees at t: all subsets up to t's own; the same with gradients to the own
@@ -474,6 +506,19 @@ class RunConfig(Section):
             raise ValueError(
                 f"optimizer.warmup_images + decay_images ({ramps}) must not exceed "
                 f"train.total_images ({train.total_images})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _batch_norm_is_fp32(self) -> Self:
+        if (
+            isinstance(self.task, DitiTask)
+            and isinstance(self.task.encoder, ResNet10Config)
+            and self.engine.precision != "fp32"
+        ):
+            raise ValueError(
+                f"task.encoder.kind resnet10 needs engine.precision fp32, "
+                f"got {self.engine.precision}: BatchNorm's averages stand still in fewer digits"
             )
         return self
 

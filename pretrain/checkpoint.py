@@ -157,6 +157,12 @@ def newest(store: ObjectStore, run_url: str) -> Manifest | None:
     return read_manifest(store, run_url, steps[-1]) if steps else None
 
 
+def newest_for_all(store: ObjectStore, run_url: str, world: World) -> Manifest | None:
+    """Collective: the newest complete checkpoint as rank 0 sees it, so that all ranks agree."""
+    manifest = from_first_rank(newest(store, run_url) if world.is_first else None)
+    return manifest if isinstance(manifest, Manifest) else None
+
+
 def find(store: ObjectStore, run_url: str, step: int | None) -> Manifest:
     """The complete checkpoint at `step`, or the newest one.
 
@@ -249,9 +255,10 @@ def check_resumable(
     """Refuse to go on from a checkpoint of another run.
 
     Raises:
-        CheckpointError: listing every setting that differs and both its values.
+        CheckpointError: listing every setting that differs and both its values, or those that the
+            checkpoint has and this version does not know.
     """
-    before = _flat(manifest.config)
+    before = _flat(run_of(manifest).model_dump(mode="json"))  # with defaults of newer settings
     now = _flat(config.model_dump(mode="json"))
     before |= {"shard index": manifest.index_digest, "backbone": manifest.backbone_sha256}
     now |= {"shard index": index_digest, "backbone": backbone_sha256}

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from configs.schema import DitiTask
 from pretrain.backbone import Backbone
-from pretrain.encoder import Encoder
+from pretrain.encoder import make_encoder
 from pretrain.noise_schedule import Prediction, make_schedule
 from pretrain.objective import conditions, diti_loss, shifted_estimate
 from pretrain.partition import make_partition
@@ -28,13 +28,14 @@ class DiTi(nn.Module):
     def __init__(self, task: DitiTask, backbone: Backbone, *, image_size_px: int) -> None:
         super().__init__()
         self.task = task
+        self.image_size_px = image_size_px
         self.partition = make_partition(task.partition, task.encoder.latent_dim)
         self.schedule = make_schedule(backbone.schedule)
         self.prediction: Prediction = backbone.prediction
         self._check(backbone, image_size_px)
         self.timesteps = timestep_distribution(task.timesteps, self.schedule)
         self._check_every_subset_is_taught()
-        self.encoder = Encoder(task.encoder, image_size_px=image_size_px)
+        self.encoder = make_encoder(task.encoder, image_size_px=image_size_px)
         self.decoder = ShiftDecoder(backbone.unet, latent_dim=task.encoder.latent_dim)
         self.masks = self.partition.masks()
 
@@ -65,6 +66,11 @@ class DiTi(nn.Module):
     def tables_to(self, device: torch.device) -> None:
         """Move schedule and masks. They are no buffers, so that no engine casts them to bf16."""
         self.schedule, self.masks = self.schedule.to(device), self.masks.to(device)
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """All that training changes, by name: the trainable parameters, and BatchNorm's buffers."""
+        state = self.state_dict()
+        return {name: t for name, t in state.items() if not name.startswith(FROZEN_PREFIX)}
 
     def estimates(self, xt_BCHW: Tensor, t_B: Tensor, z_BD: Tensor) -> tuple[Tensor, Tensor]:
         """Noise estimates of the backbone alone and of DiTi, from x_t; both BCHW.

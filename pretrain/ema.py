@@ -1,6 +1,8 @@
 """Exponential moving average of the trained weights, held in the pieces that this rank owns.
 
-Under ZeRO-3 a rank averages only its own partition, so no rank ever holds the whole.
+Under ZeRO-3 a rank averages only its own partition, so no rank ever holds the whole. BatchNorm's
+buffers are not averaged once more: the averaged weights go with copies of the live ones (METHOD
+section 6).
 """
 
 import torch

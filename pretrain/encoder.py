@@ -8,8 +8,20 @@ Letters: B batch, C channels, H height, W width, D = latent_dim.
 
 from torch import Tensor, nn
 
-from configs.schema import EncoderConfig
+from configs.schema import AnyEncoderConfig, EncoderConfig
+from pretrain.resnet10 import ResNet10
 from pretrain.unet import AttentionBlock, GroupNorm
+
+
+def make_encoder(config: AnyEncoderConfig, *, image_size_px: int) -> "Encoder | ResNet10":
+    """The encoder that a run describes.
+
+    Raises:
+        ValueError: images of this size do not fit it.
+    """
+    if isinstance(config, EncoderConfig):
+        return Encoder(config, image_size_px=image_size_px)
+    return ResNet10()
 
 
 class Encoder(nn.Module):

@@ -44,6 +44,7 @@ class Engine:
             keep_freed_memory()
         self.zero_stage = engine.zero_stage
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.buffers = dict(model.named_buffers())  # BatchNorm's; nothing else here has any
         self._adam = torch.optim.AdamW(
             list(self.trainable.values()),
             lr=optimizer.learning_rate,
@@ -90,9 +91,23 @@ class Engine:
         )
         return padded[rank * size : (rank + 1) * size]
 
+    def average_buffers(self) -> None:
+        """Give every rank the mean over ranks of BatchNorm's averages.
+
+        Each rank has averaged over its own images. Training does not read them, so once before
+        every checkpoint is enough; from there a resumed run and an undisturbed one go on alike.
+        """
+        for buffer in self.buffers.values():
+            if buffer.is_floating_point():  # the count of batches is the same everywhere
+                dist.all_reduce(buffer)
+                buffer.div_(dist.get_world_size())
+
     def whole_state(self) -> dict[str, Tensor]:
-        """Every trained parameter whole, float32 on the CPU, gathered one at a time."""
-        state = {}
+        """Every trained parameter whole, float32, and every buffer; on the CPU.
+
+        Parameters are gathered one at a time.
+        """
+        state = {name: buffer.cpu().clone() for name, buffer in self.buffers.items()}
         for name, parameter in self.trainable.items():
             with self._gathered([parameter]) if self.zero_stage == 3 else nullcontext():
                 state[name] = parameter.detach().float().cpu().clone().contiguous()

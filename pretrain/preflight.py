@@ -7,7 +7,7 @@ from data_pipelines.object_store import ObjectStore, join
 from data_pipelines.sample_order import SampleOrder
 from data_pipelines.shard_index import ShardIndex, read_index, verify_listing
 from pretrain import checkpoint
-from pretrain.backbone import load_backbone
+from pretrain.backbone import load_backbone, shapes_of
 from pretrain.diti import DiTi
 from pretrain.run_plan import RunPlan, plan_run
 from pretrain.trained import initial_weights
@@ -53,7 +53,7 @@ def load_start(model: DiTi, store: ObjectStore) -> None:
     """
     if model.task.start_from is None:
         return
-    shapes = {n: tuple(p.shape) for n, p in model.named_parameters() if p.requires_grad}
+    shapes = shapes_of(model.trained_state())
     model.load_state_dict(initial_weights(model.task.start_from, store, shapes), strict=False)
 
 
@@ -73,12 +73,14 @@ def preflight(config: RunConfig, world_size: int) -> Preflight:
             f"train.global_batch is {config.train.global_batch}, but {config.data.shards} has only "
             f"{index.num_samples} images; use a smaller batch or a larger set"
         )
+    newest = checkpoint.newest(store, run_url(config))
     backbone_sha256 = None
     if isinstance(config.task, DitiTask):
         backbone = load_backbone(store, config.task.backbone)
         backbone_sha256 = backbone.sha256
-        load_start(DiTi(config.task, backbone, image_size_px=config.data.image_size_px), store)
-    newest = checkpoint.newest(store, run_url(config))
+        model = DiTi(config.task, backbone, image_size_px=config.data.image_size_px)
+        if newest is None:
+            load_start(model, store)
     if newest is not None:
         checkpoint.check_resumable(
             newest,

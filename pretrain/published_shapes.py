@@ -74,6 +74,12 @@ def encoder_shape(shapes: Shapes) -> tuple[EncoderConfig, int]:
             channels.append(shape[0])
         elif len(shape) == 2:
             latent_dim, flat = shape
+    if averages := sorted(name for name in shapes if name.endswith("running_mean")):
+        raise LayoutError(
+            f"its encoder has BatchNorm ({first_few(averages)}), so it is a ResNet10; how the "
+            f"published code names and strides that one's layers is not known here, and a guess "
+            f"would compute other features. Only the convolutional encoders can be read."
+        )
     if not channels or latent_dim is None or flat is None:
         raise LayoutError(
             f"its encoder is none of the published convolutional ones (they have names such as "

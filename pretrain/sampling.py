@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,8 +62,8 @@ def published_walk(schedule: NoiseSchedule, steps: int, *, encode: bool = False)
 
 def pdae_walk(schedule: NoiseSchedule, steps: int, *, encode: bool = False) -> Walk:
     """PDAE's published grid: int(linspace(0, T-1, S+1)); decoding stops at alpha-bar_0."""
-    last = schedule.num_timesteps - 1
-    grid = [int(last * i / steps) for i in range(steps + 1)]
+    # In exact arithmetic 16 of the numbers of steps below 1000 would give another grid.
+    grid = np.linspace(0, schedule.num_timesteps - 1, steps + 1).astype(int).tolist()
     pairs = pairwise(grid if encode else grid[::-1])
     return [(t, _alpha_bar(schedule, after)) for t, after in pairs]
 

@@ -39,7 +39,7 @@ from pretrain.preflight import load_start, open_store, run_url, sample_order
 from pretrain.run_plan import RunPlan, learning_rate, plan_run
 from pretrain.timesteps import TimestepDistribution
 from pretrain.unet import set_attention
-from pretrain.world import World, from_first_rank, join_world, mean_over_ranks
+from pretrain.world import World, join_world, mean_over_ranks
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -62,6 +62,8 @@ class Progress:
     """Of the whole run, over the last reporting window."""
     data_wait_share: float
     """Part of the window that this rank spent waiting for decoded images."""
+    peak_memory_gib: float
+    """Most memory that this rank has held so far: of its GPU, or of its process on a CPU."""
     checkpoint_step: int
     """Step of the newest complete checkpoint."""
 
@@ -93,14 +95,17 @@ def run(
     plan = plan_run(config.train, world.size)
     index = index or read_index(store, config.data.shards)
     order = sample_order(config, index)
+    newest = checkpoint.newest_for_all(store, run_url(config), world)
 
     # --- what: model, engine, average --------------------------------------------------------
     torch.manual_seed(config.seed)
     model, backbone_sha256 = build_model(config, store, world.device)
+    if newest is None and isinstance(model, DiTi):
+        load_start(model, store)
     timesteps = model.timesteps
     engine = Engine(model, config.engine, config.optimizer, plan, world)
     ema = Ema(engine.local_shards(), config.train.ema_decay)
-    saver = _Saver(config, store, world, index, backbone_sha256, local_dir)
+    saver = _Saver(config, store, world, index, backbone_sha256, local_dir, newest)
     step = saver.restore(engine, ema)
 
     # --- loop --------------------------------------------------------------------------------
@@ -158,7 +163,6 @@ def build_model(
     if isinstance(config.task, DitiTask):
         backbone = load_backbone(store, config.task.backbone)
         model = DiTi(config.task, backbone, image_size_px=config.data.image_size_px)
-        load_start(model, store)
         sha256 = backbone.sha256
     else:
         model, sha256 = Denoiser(config.task), None
@@ -239,6 +243,7 @@ class _Window:
             loss=loss,
             images_per_second=len(self.losses) * config.train.global_batch / seconds,
             data_wait_share=self.waited / seconds,
+            peak_memory_gib=world.peak_memory_gib(),
             checkpoint_step=checkpoint_step,
         )
 
@@ -251,6 +256,7 @@ def _metrics_line(progress: Progress, rate: float) -> dict[str, float]:
         "learning_rate": rate,
         "images_per_second": progress.images_per_second,
         "data_wait_share": progress.data_wait_share,
+        "peak_memory_gib": progress.peak_memory_gib,
     }
 
 
@@ -265,6 +271,7 @@ class _Saver:
         index: ShardIndex,
         backbone_sha256: str | None,
         local_dir: Path,
+        newest: checkpoint.Manifest | None,
     ) -> None:
         self.config = config
         self.store = store
@@ -272,7 +279,7 @@ class _Saver:
         self.index_digest = index.digest
         self.backbone_sha256 = backbone_sha256
         self.scratch = local_dir / "scratch" / f"rank-{world.rank:05d}"
-        self.newest: checkpoint.Manifest | None = None
+        self.newest = newest
 
     @property
     def newest_step(self) -> int:
@@ -280,10 +287,8 @@ class _Saver:
 
     def restore(self, engine: Engine, ema: Ema) -> int:
         """Load the newest complete checkpoint; returns its step, 0 where there is none."""
-        url = run_url(self.config)
-        found = checkpoint.newest(self.store, url) if self.world.is_first else None
-        manifest = from_first_rank(found)
-        if not isinstance(manifest, checkpoint.Manifest):
+        url, manifest = run_url(self.config), self.newest
+        if manifest is None:
             return 0
         checkpoint.check_resumable(
             manifest,
@@ -298,14 +303,14 @@ class _Saver:
         average = load_safetensors(
             checkpoint.read_file(self.store, url, manifest, checkpoint.EMA_NAME)
         )
-        if average.keys() != engine.trainable.keys():
+        expected = engine.trainable.keys() | engine.buffers.keys()
+        if average.keys() != expected:
             raise checkpoint.CheckpointError(
-                f"checkpoint {manifest.name} of {url} holds other parameters than this model: "
-                f"{sorted(average.keys() ^ engine.trainable.keys())[:5]}"
+                f"checkpoint {manifest.name} of {url} holds other tensors than this model: "
+                f"{sorted(average.keys() ^ expected)[:5]}"
             )
         for name, piece in zip(engine.trainable, ema.shards, strict=True):
             piece.copy_(engine.shard_of(average[name], like=piece))
-        self.newest = manifest
         return manifest.step
 
     def publish(
@@ -313,6 +318,7 @@ class _Saver:
     ) -> None:
         """Collective: write the state after `step` steps as a complete checkpoint."""
         folder = self._empty_scratch()
+        engine.average_buffers()
         engine.save(folder)
         weights = engine.whole_state()
         ema.swap(engine.local_shards())

@@ -13,13 +13,14 @@ from data_pipelines.object_store import ObjectStore, absolute
 from pretrain import checkpoint
 from pretrain.backbone import digest_of_state, load_backbone, shapes_of, state_problems
 from pretrain.diti import DiTi
-from pretrain.encoder import Encoder
+from pretrain.encoder import Encoder, make_encoder
 from pretrain.partition import Partition, make_partition
 from pretrain.published import (
     ConfigSource,
     PublishedCheckpointError,
     load_authors_checkpoint,
 )
+from pretrain.resnet10 import ResNet10
 
 _FILE_ENDINGS = (".pt", ".pth", ".ckpt")
 
@@ -28,7 +29,7 @@ _FILE_ENDINGS = (".pt", ".pth", ".ckpt")
 class TrainedEncoder:
     """An encoder in eval mode, without the backbone it was trained against."""
 
-    encoder: Encoder
+    encoder: Encoder | ResNet10
     partition: Partition
     image_size_px: int
     checkpoint: str
@@ -56,7 +57,7 @@ def load_encoder(
     """
     manifest = checkpoint.find(store, run_url, step)
     config, task = _diti_run(manifest, run_url)
-    encoder = Encoder(task.encoder, image_size_px=config.data.image_size_px)
+    encoder = make_encoder(task.encoder, image_size_px=config.data.image_size_px)
     state = {
         name.removeprefix("encoder."): tensor
         for name, tensor in _weights(store, run_url, manifest, ema=ema).items()
@@ -134,8 +135,8 @@ def load_diti(
     config, task = _diti_run(manifest, run_url)
     backbone = load_backbone(store, task.backbone)
     model = DiTi(task, backbone, image_size_px=config.data.image_size_px)
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    _load_exactly(model, _weights(store, run_url, manifest, ema=True), trained, run_url)
+    weights = _weights(store, run_url, manifest, ema=True)
+    _load_exactly(model, weights, set(model.trained_state()), run_url)
     return model.requires_grad_(False).eval(), config, manifest
 
 
@@ -170,7 +171,7 @@ def initial_weights(
         source: a checkpoint file in the published layout, or the folder of a run of this project,
             of which the newest complete checkpoint is taken.
         store: reads `source`.
-        expected: names and shapes of the parameters to fill; anything else is refused.
+        expected: names and shapes of the tensors to fill; anything else is refused.
 
     Raises:
         PublishedCheckpointError: names or shapes differ from `expected`, or as

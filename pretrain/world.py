@@ -1,6 +1,8 @@
 """This process's place among the ranks: under Ray Train, under torchrun, or alone."""
 
 import os
+import resource
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -18,6 +20,14 @@ class World:
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+    def peak_memory_gib(self) -> float:
+        """Most memory that this rank has held so far: of its GPU, or of its process on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**30
+        in_kib = sys.platform != "darwin"
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak * (1024 if in_kib else 1) / 2**30
 
 
 def join_world(*, timeout_seconds: float = 300.0) -> World:

@@ -11,9 +11,11 @@ import uuid
 from collections.abc import Iterator
 
 import pytest
+import torch.distributed as dist
 
 from data_pipelines.local_s3 import LocalS3, local_s3
 from data_pipelines.object_store import ObjectStore, join
+from pretrain.world import World, join_world
 
 
 @pytest.fixture(scope="session")
@@ -23,6 +25,13 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalS3]:
         for name, value in server.environment().items():
             patch.setenv(name, value)
         yield server
+
+
+@pytest.fixture(scope="session")
+def world() -> Iterator[World]:
+    """This process alone, as one rank. DeepSpeed keeps its group, so there is one for all tests."""
+    yield join_world()
+    dist.destroy_process_group()
 
 
 @pytest.fixture

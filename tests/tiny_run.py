@@ -47,10 +47,12 @@ wandb: {{mode: disabled}}
 """
 
 
-def make_backbone(store: ObjectStore, url: str) -> str:
+def make_backbone(
+    store: ObjectStore, url: str, config: UNetConfig = UNET, *, image_size_px: int = 32
+) -> str:
     """A random, non-zero backbone at `url`; returns its SHA-256."""
     torch.manual_seed(0)
-    unet = UNet(UNET)
+    unet = UNet(config)
     with torch.no_grad():
         for parameter in unet.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
@@ -58,9 +60,9 @@ def make_backbone(store: ObjectStore, url: str) -> str:
         store,
         url,
         state=unet.state_dict(),
-        unet=UNET,
+        unet=config,
         schedule=ScheduleConfig(),
-        image_size_px=32,
+        image_size_px=image_size_px,
         provenance={},
     )
 

@@ -33,6 +33,7 @@ MINIMAL: dict[str, dict[str, Any]] = {
     "DitiTask": {"kind": "diti", "backbone": {"weights": "x.safetensors", "sha256": SHA256}},
     "DenoiserTask": {"kind": "denoiser", "unet": {}},
     "PublishedPartition": {"kind": "published"},
+    "ResNet10Config": {"kind": "resnet10"},
     "TrainConfig": {"total_images": 1000, "global_batch": 10, "checkpoint_every_images": 100},
 }
 MINIMAL["RunConfig"] = {
@@ -129,6 +130,7 @@ def test_a_seed_may_have_63_bits(value: int):
 # ----------------------------------------------------------------------------- rules between fields
 
 UNET = {"kind": "denoiser", "unet": {}}
+RESNET10 = MINIMAL["DitiTask"] | {"encoder": {"kind": "resnet10"}}
 
 
 @pytest.mark.parametrize(
@@ -162,6 +164,14 @@ UNET = {"kind": "denoiser", "unet": {}}
             "attention_after must be between 1 and 4, .* got 5",
         ),
         (lambda: make("EncoderConfig", attention_after=0), "between 1 and 4, .* got 0"),
+        (
+            lambda: make("ResNet10Config", latent_dim=256),
+            "latent_dim of a resnet10 is 512, the channels of its last block, got 256",
+        ),
+        (
+            lambda: changed_run(task=RESNET10, engine={"precision": "bf16"}),
+            "kind resnet10 needs engine.precision fp32, got bf16",
+        ),
         (lambda: make("EncoderConfig", num_heads=5), "must divide the 128 channels .* got 5"),
         (
             lambda: make("StagedPartition", stage_dims=[10, 502]),
@@ -251,6 +261,8 @@ def test_every_rule_passes_at_its_edge():
     changed_run(train={"total_images": 10})
     changed_run(optimizer={"warmup_images": 600, "decay_images": 400})
     changed_run(task=UNET, data={"image_size_px": 8})
+    changed_run(task=RESNET10)
+    changed_run(engine={"precision": "bf16"})
 
 
 def test_the_defaults_are_the_papers():

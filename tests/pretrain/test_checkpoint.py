@@ -1,20 +1,19 @@
 """Checkpoints exist by their manifest, are verified byte by byte, and belong to one run."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from configs.loading import parse_run
 from configs.schema import RunConfig
 from data_pipelines.object_store import ObjectInfo, ObjectMissingError, ObjectStore
 from pretrain import checkpoint
 from pretrain.checkpoint import CheckpointError, Manifest, check_resumable
-from pretrain.world import World, join_world
+from pretrain.world import World
 from tests.tiny_run import RUN
 
 STORE = ObjectStore()
@@ -22,11 +21,7 @@ ALONE = World(0, 1, torch.device("cpu"))
 WEIGHTS = bytes(range(256)) * 4
 
 
-@pytest.fixture(scope="module", autouse=True)
-def process_group() -> Iterator[None]:
-    join_world()
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("world")
 
 
 def make_config(*overrides: str) -> RunConfig:
@@ -362,7 +357,7 @@ def test_every_setting_that_differs_is_listed_with_both_values(manifest: Manifes
         resume(manifest, config, index_digest="j" * 64, backbone_sha256="c" * 64, world_size=4)
     message = str(error.value)
     assert message.startswith("run 'tiny' has a checkpoint at step 2 made with other settings: ")
-    assert message.endswith("Restore them, or give the run another name.")
+    assert message.endswith("Restore them, give the run another name, or delete its folder.")
     listed = message.split("settings: ")[1].split(". Restore")[0].split("; ")
     assert listed == [
         f"backbone was '{'b' * 64}', is '{'c' * 64}'",
@@ -377,8 +372,17 @@ def test_every_setting_that_differs_is_listed_with_both_values(manifest: Manifes
 
 def test_a_setting_that_only_the_checkpoint_has_is_listed_too(manifest: Manifest):
     older = replace(manifest, config=manifest.config | {"dropped": {"later": 5}})
-    with pytest.raises(CheckpointError, match=r"dropped\.later was 5, is None"):
+    with pytest.raises(
+        CheckpointError, match=r"step-00000002 cannot be used: dropped: unknown key"
+    ):
         resume(older, make_config())
+
+
+def test_a_setting_that_the_checkpoint_has_not_yet_had_its_default(manifest: Manifest):
+    encoder = dict(manifest.config["task"]["encoder"])
+    assert encoder.pop("kind") == "conv"
+    task = manifest.config["task"] | {"encoder": encoder}
+    resume(replace(manifest, config=manifest.config | {"task": task}), make_config())
 
 
 def test_a_configuration_that_this_version_cannot_read_is_named(manifest: Manifest):

@@ -1,11 +1,8 @@
 """The DeepSpeed engine in one process: what ZeRO may touch, and what it must not."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from configs.schema import EngineConfig, OptimizerConfig, TrainConfig
 from data_pipelines.object_store import ObjectStore
@@ -17,16 +14,10 @@ from pretrain.run_plan import plan_run
 from pretrain.timesteps import uniform_timesteps
 from pretrain.train import build_model
 from pretrain.trained import digest_of
-from pretrain.world import World, join_world
+from pretrain.world import World
 from tests.tiny_run import make_run
 
 TRAIN = TrainConfig(total_images=64, global_batch=8, checkpoint_every_images=8, max_micro_batch=4)
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    yield join_world()
-    dist.destroy_process_group()
 
 
 def make_engine(tmp_path, world: World, *, stage: int, precision: str = "fp32"):

@@ -1,8 +1,12 @@
-"""The losses and the DiTi model against METHOD section 3."""
+"""The losses and the DiTi model against METHOD section 3 and the slow reference."""
+
+import math
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -16,12 +20,13 @@ from pretrain.objective import (
     loss_weight,
     shifted_estimate,
 )
+from tests import reference
+from tests.random_cuts import cuts
 from tests.tiny_model import SIZE_PX, tiny_backbone, tiny_diti, tiny_task
 
 SCHEDULE = make_schedule(ScheduleConfig())
 STEPS = torch.tensor([0, 1, 50, 475, 999])
-ALPHA = 1 - np.linspace(1e-4, 0.02, 1000)
-ALPHA_BAR = np.cumprod(ALPHA)
+REFERENCE = reference.make_schedule()
 
 
 def random_images(seed: int, batch: int = len(STEPS), side: int = 3) -> Tensor:
@@ -30,16 +35,6 @@ def random_images(seed: int, batch: int = len(STEPS), side: int = 3) -> Tensor:
 
 
 NOISE, EPSILON, SHIFT = (random_images(seed) for seed in range(3))
-
-
-def method_shift_coefficient(t: int) -> float:
-    before = ALPHA_BAR[t - 1] if t else 1.0
-    return -float(np.sqrt(ALPHA[t]) * (1 - before) / np.sqrt(1 - ALPHA_BAR[t]))
-
-
-def method_weight(t: int) -> float:
-    snr = ALPHA_BAR[t] / (1 - ALPHA_BAR[t])
-    return float(snr**0.1 / (1 + snr))
 
 
 def numbers(tensor: Tensor) -> NDArray[np.float64]:
@@ -55,24 +50,70 @@ def loss_of(weight: str, shift: Tensor = SHIFT) -> Tensor:
 # --- the formulas ---------------------------------------------------------------------------------
 
 
-def test_the_loss_is_methods_formula_pixel_by_pixel():
-    expected = []
-    for n, t in enumerate(STEPS.tolist()):
-        total = 0.0
-        for noise, epsilon, shift in zip(
-            numbers(NOISE[n]).flat, numbers(EPSILON[n]).flat, numbers(SHIFT[n]).flat, strict=True
-        ):
-            total += (noise - (epsilon + method_shift_coefficient(t) * shift)) ** 2
-        expected.append(method_weight(t) * total / NOISE[n].numel())
-    loss = loss_of("snr")
-    assert loss.shape == (5,)
-    assert loss.dtype == torch.float32
-    np.testing.assert_allclose(numbers(loss), expected, rtol=1e-3)  # SNR_0 has 3 digits in float32
+@settings(deadline=None, max_examples=500)
+@given(
+    found=cuts(),
+    mode=st.sampled_from(["base", "stop_grad", "dual"]),
+    shape=st.tuples(*[st.integers(1, 3)] * 4),
+    gamma=st.sampled_from([0.1, 0.0, 1.0]),
+    seed=st.integers(0, 2**32),
+)
+def test_loss_and_gradient_by_z_are_the_references_in_every_mode(found, mode, shape, gamma, seed):
+    partition, cut = found
+    rng = np.random.default_rng(seed)
+    num_timesteps, batch, pixels = partition.num_timesteps, shape[0], math.prod(shape[1:])
+    schedule = make_schedule(ScheduleConfig(num_timesteps=num_timesteps))
+    t = rng.integers(num_timesteps, size=batch)
+    z = rng.normal(size=(batch, partition.latent_dim))
+    decoder = rng.normal(size=(pixels, partition.latent_dim))
+    noise, epsilon = rng.normal(size=shape), rng.normal(size=shape)
+
+    z_BD, t_B = torch.tensor(z, dtype=torch.float32, requires_grad=True), torch.tensor(t)
+    loss_B = torch.stack(
+        [
+            diti_loss(
+                schedule,
+                t_B=t_B,
+                noise_BCHW=torch.tensor(noise),
+                epsilon_BCHW=torch.tensor(epsilon),
+                shift_BCHW=(c_BD @ torch.tensor(decoder).float().T).reshape(shape),
+                snr_gamma=gamma,
+            )
+            for c_BD in conditions(partition.masks(), mode, z_BD, t_B)
+        ]
+    ).sum(dim=0)
+    [gradient_BD] = torch.autograd.grad(loss_B.sum(), z_BD)
+
+    for n in range(batch):
+        expected = reference.diti_loss(
+            reference.make_schedule(num_timesteps),
+            cut,
+            mode,
+            t=int(t[n]),
+            z=z[n],
+            decoder=decoder,
+            noise=noise[n],
+            epsilon=epsilon[n],
+            gamma=gamma,
+        )
+        assert loss_B[n].item() == pytest.approx(expected.value, rel=1e-3)
+        scale = np.abs(expected.z_gradient).max()
+        np.testing.assert_allclose(
+            gradient_BD[n], expected.z_gradient, rtol=1e-3, atol=1e-3 * scale
+        )
+        outside = cut.own[cut.of_timestep[t[n]]] == 0
+        if mode == "stop_grad":
+            assert gradient_BD[n, outside].count_nonzero() == 0
+        elif t[n] > 0:  # t = 0 teaches nothing
+            earlier = cut.receding[cut.of_timestep[t[n]]] == 1
+            assert (gradient_BD[n, earlier] != 0).all()
 
 
-def test_the_paper_weight_over_the_constant_one_is_w_t():
-    ratio = numbers(loss_of("snr") / loss_of("constant"))
-    np.testing.assert_allclose(ratio, [method_weight(t) for t in STEPS.tolist()], rtol=1e-3)
+def test_the_loss_is_float32_and_the_constant_weight_is_one():
+    loss = loss_of("constant")
+    assert (loss.shape, loss.dtype) == ((5,), torch.float32)
+    weight = [REFERENCE.weight(t) for t in STEPS.tolist()]
+    np.testing.assert_allclose(numbers(loss_of("snr") / loss), weight, rtol=1e-3)
 
 
 def test_the_denoising_loss_is_the_mean_square_of_each_sample_in_float32():
@@ -99,8 +140,7 @@ def test_the_loss_is_the_reweighted_error_of_the_estimated_image():
     estimate = shifted_estimate(SCHEDULE, STEPS, EPSILON, SHIFT)
     x0_hat = SCHEDULE.remove_noise(xt, STEPS, estimate)
     error = numbers(x0 - x0_hat) ** 2
-    t = STEPS.numpy()
-    snr = ALPHA_BAR[t] / (1 - ALPHA_BAR[t])
+    snr = np.array([REFERENCE.snr(t) for t in STEPS.tolist()])
     weight = snr**1.1 / (1 + snr)  # w_t SNR_t
     np.testing.assert_allclose(
         numbers(loss_of("snr")), weight * error.mean(axis=(1, 2, 3)), rtol=5e-3
@@ -184,7 +224,7 @@ def test_dual_adds_the_two_losses_and_their_gradients():
 
 def test_min_snr_weighs_like_constant_loss_until_its_cap():
     weight = numbers(loss_weight(SCHEDULE, STEPS, "min_snr", min_snr_cap=5.0))
-    snr = ALPHA_BAR[STEPS.numpy()] / (1 - ALPHA_BAR[STEPS.numpy()])
+    snr = np.array([REFERENCE.snr(t) for t in STEPS.tolist()])
     np.testing.assert_allclose(weight, np.minimum(snr, 5) / snr, rtol=1e-3)
 
 

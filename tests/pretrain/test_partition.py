@@ -1,8 +1,5 @@
 """The partition: every time-step and every dimension has its subset, fine to coarse."""
 
-from fractions import Fraction
-from itertools import pairwise
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,6 +13,8 @@ from pretrain.partition import (
     partition_from_json,
     published_partition,
 )
+from tests.random_cuts import cuts, stages
+from tests.reference import Cut
 
 
 def cut(config: StagedPartition) -> Partition:
@@ -26,64 +25,28 @@ SMALL = Partition(timestep_ends=(3, 4, 10), dim_ends=(1, 5, 6))
 PAPER = cut(StagedPartition())
 
 
-@st.composite
-def stages(draw: st.DrawFn) -> StagedPartition:
-    count = draw(st.integers(1, 5))
-    lengths = draw(st.lists(st.integers(1, 60), min_size=count, max_size=count))
-    dims = draw(st.lists(st.integers(1, 40), min_size=count, max_size=count))
-    subsets = [draw(st.integers(1, min(pair))) for pair in zip(lengths, dims, strict=True)]
-    ends = [sum(lengths[: i + 1]) for i in range(count)]
-    return StagedPartition(
-        stage_ends=tuple(ends), stage_dims=tuple(dims), stage_subsets=tuple(subsets)
-    )
-
-
 configs = settings(deadline=None, max_examples=80)
-
-
-def slow_subset_of(config: StagedPartition, t: int) -> int:
-    """METHOD section 2's corrected map, for one time-step, in exact arithmetic."""
-    offset, start = 0, 0
-    for end, subsets in zip(config.stage_ends, config.stage_subsets, strict=True):
-        if t < end:
-            return offset + int(Fraction(t - start, end - start) * subsets)
-        offset, start = offset + subsets, end
-    raise AssertionError(f"no stage holds {t}")
 
 
 # ------------------------------------------------------------------------------------------ the cut
 
 
-@configs
-@given(stages())
-def test_each_time_step_goes_to_the_subset_that_a_slow_loop_finds(config: StagedPartition):
-    found = cut(config).subset_of_timestep()
-    assert found.dtype == torch.int64
-    assert found.tolist() == [slow_subset_of(config, t) for t in range(config.stage_ends[-1])]
-
-
-@configs
-@given(stages())
-def test_every_subset_owns_time_steps_and_dimensions_and_they_are_all_given_out(config):
-    partition = cut(config)
-    assert partition.num_subsets == sum(config.stage_subsets)
-    assert partition.num_timesteps == config.stage_ends[-1]
-    assert partition.latent_dim == sum(config.stage_dims)
-    for what in ("timesteps", "dims"):
-        ranges = [getattr(subset, what) for subset in partition.subsets]
-        assert ranges[0][0] == 0
-        assert all(start < end for start, end in ranges)
-        assert all(one[1] == two[0] for one, two in pairwise(ranges))
-
-
-@configs
-@given(stages())
-def test_each_stage_keeps_its_dimensions_and_its_last_subset_takes_the_rest(config):
-    widths = [end - start for start, end in (s.dims for s in cut(config).subsets)]
-    for dims, count in zip(config.stage_dims, config.stage_subsets, strict=True):
-        stage, widths = widths[:count], widths[count:]
-        assert stage[:-1] == [dims // count] * (count - 1)
-        assert sum(stage) == dims
+@settings(deadline=None, max_examples=500)
+@given(cuts())
+def test_both_cuts_and_their_masks_are_the_references(found: tuple[Partition, Cut]):
+    partition, cut = found
+    assert partition.subset_of_timestep().dtype == torch.int64
+    assert partition.subset_of_timestep().tolist() == cut.of_timestep
+    for masks, expected in (
+        (partition.cumulative_masks(), cut.cumulative),
+        (partition.own_masks(), cut.own),
+        (partition.receding_masks(), cut.receding),
+    ):
+        assert masks.dtype == torch.float32
+        assert masks.tolist() == expected.tolist()
+    for i, subset in enumerate(partition.subsets):
+        assert cut.of_timestep[slice(*subset.timesteps)] == [i] * cut.of_timestep.count(i)
+        assert cut.of_dim[slice(*subset.dims)] == [i] * cut.of_dim.count(i)
 
 
 def test_the_papers_stages_give_the_papers_dimensions():
@@ -142,18 +105,6 @@ def test_masks_of_a_small_partition():
         [0, 0, 0, 0, 0, 1],
     ]
     assert SMALL.cumulative_masks().dtype == SMALL.own_masks().dtype == torch.float32
-
-
-@configs
-@given(stages())
-def test_own_masks_give_each_dimension_once_and_add_up_to_the_cumulative_ones(config):
-    partition = cut(config)
-    own, cumulative = partition.own_masks(), partition.cumulative_masks()
-    assert own.shape == cumulative.shape == (partition.num_subsets, partition.latent_dim)
-    assert (own.sum(0) == 1).all()
-    assert (own.cumsum(0) == cumulative).all()
-    for row, subset in zip(own, partition.subsets, strict=True):
-        assert row.nonzero().flatten().tolist() == list(range(*subset.dims))
 
 
 def test_subsets_have_names_that_sort():
@@ -223,16 +174,6 @@ def test_a_short_stage_makes_subsets_without_dimensions_which_only_imports_may_h
 def test_a_stage_in_which_no_subset_begins_leaves_its_dimensions_to_the_next_one():
     found = published_partition(2, 9, stage_ends=(400, 450, 1000), stage_dims=(2, 3, 4))
     assert found.dim_ends == (2, 9)
-
-
-@configs
-@given(stages())
-def test_receding_masks_are_what_the_earlier_subsets_hold(config):
-    partition = cut(config)
-    assert torch.equal(
-        partition.receding_masks() + partition.own_masks(), partition.cumulative_masks()
-    )
-    assert partition.receding_masks()[0].count_nonzero() == 0
 
 
 def test_named_ranges_are_thirds_from_fine_to_coarse():

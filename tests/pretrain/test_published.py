@@ -3,14 +3,12 @@
 import json
 import pickle
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from configs.schema import EncoderConfig, PublishedPartition, ScheduleConfig, UNetConfig
@@ -23,6 +21,7 @@ from pretrain.published import (
     load_authors_checkpoint,
 )
 from pretrain.published_shapes import unet_fields
+from pretrain.resnet10 import ResNet10
 from pretrain.trained import initial_weights, load_published_diti, load_published_encoder
 from pretrain.unet import UNet
 from tests.published_files import (
@@ -597,29 +596,6 @@ def test_a_run_can_start_from_an_authors_file(tmp_path: Path) -> None:
     assert torch.equal(weights["decoder.label_emb.bias"], found.shift["label_emb.bias"])
 
 
-def test_a_run_can_start_from_another_runs_folder(tmp_path: Path) -> None:
-    found = load_authors_checkpoint(write_run(tmp_path))
-    weights = found.trained_weights()
-    store, run, data = ObjectStore(), str(tmp_path / "mine"), save_safetensors(weights)
-    store.write(join(run, "checkpoints/step-00000005/parts/ema.safetensors"), data)
-    manifest = checkpoint.Manifest(
-        step=5,
-        images=5,
-        parent=None,
-        parts="parts",
-        config={},
-        index_digest="",
-        backbone_sha256=None,
-        world_size=1,
-        code_version="",
-        files={"ema.safetensors": (len(data), checkpoint.hashlib.sha256(data).hexdigest())},
-    )
-    store.write(
-        join(run, "checkpoints/step-00000005/COMPLETE.json"), json.dumps(asdict(manifest)).encode()
-    )
-    assert same(initial_weights(run, store, expected_of(found)), weights)
-
-
 def test_weights_of_another_shape_are_refused_by_name(tmp_path: Path) -> None:
     path = write_run(tmp_path)
     expected = expected_of(load_authors_checkpoint(path))
@@ -649,3 +625,13 @@ def test_an_encoder_without_attention_is_read(tmp_path: Path) -> None:
     found = load_authors_checkpoint(write_run(tmp_path, run_content(encoder=encoder)))
     assert found.encoder_config == encoder
     assert found.image_size_px == SIZE_PX
+
+
+@pytest.mark.parametrize("prefix", ["", "encoder."])
+def test_a_resnet10_is_refused_because_its_layers_names_are_not_known(
+    tmp_path: Path, prefix: str
+) -> None:
+    content = run_content()
+    content["ema_encoder"] = {f"{prefix}{n}": t for n, t in ResNet10().state_dict().items()}
+    path = write_run(tmp_path, content)
+    refused(path, "BatchNorm", "bn1.running_mean", "ResNet10", "Only the convolutional")

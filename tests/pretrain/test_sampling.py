@@ -1,14 +1,19 @@
 """DDIM: exact with a perfect estimate, and steered only where DiTi was trained."""
 
+from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from configs.schema import ScheduleConfig, TimestepsConfig
-from pretrain.noise_schedule import make_schedule
-from pretrain.partition import Partition
+from pretrain import sampling
+from pretrain.noise_schedule import NoiseSchedule, make_schedule
+from pretrain.partition import Masks, Partition
 from pretrain.sampling import (
     Estimate,
     ddim_encode,
@@ -24,9 +29,12 @@ from pretrain.sampling import (
     slerp,
     time_grid,
 )
+from pretrain.timesteps import TimestepDistribution, uniform_timesteps
+from tests import reference
+from tests.random_cuts import cuts
 from tests.tiny_model import SIZE_PX, tiny_diti
 
-SCHEDULE = make_schedule(ScheduleConfig())
+SCHEDULE, REFERENCE = make_schedule(ScheduleConfig()), reference.make_schedule()
 
 
 def random_images(seed: int, batch: int = 2) -> Tensor:
@@ -152,8 +160,8 @@ Z = torch.randn(2, 24, generator=torch.Generator().manual_seed(2))
 
 @pytest.fixture(scope="module")
 def steered() -> tuple[Estimate, Estimate, Estimate]:
-    """DiTi trained on [50, 200): its estimate, its backbone's, and always the shifted one."""
-    model = tiny_diti(timesteps=TimestepsConfig(edges=(50, 200))).eval()
+    """DiTi trained on [50, 300): its estimate, its backbone's, and always the shifted one."""
+    model = tiny_diti(timesteps=TimestepsConfig(edges=(50, 300))).eval()
     return (
         diti_estimate(model, Z),
         model.decoder.backbone,
@@ -163,7 +171,7 @@ def steered() -> tuple[Estimate, Estimate, Estimate]:
 
 def test_the_estimate_is_shifted_exactly_where_the_model_was_trained(steered):
     estimate, backbone, shifted = steered
-    for t, trained in ((0, False), (49, False), (50, True), (199, True), (200, False)):
+    for t, trained in ((0, False), (49, False), (50, True), (299, True), (300, False)):
         t_B = torch.tensor([t, t])
         expected = (shifted if trained else backbone)(NOISE, t_B)
         torch.testing.assert_close(estimate(NOISE, t_B), expected, rtol=1e-5, atol=1e-6)
@@ -215,24 +223,68 @@ def test_the_walks_are_methods_tables():
         *zip((750, 500, 250), bars(500, 250, 0), strict=True),
         (0, 1.0),
     ]
-    assert published_walk(SCHEDULE, 4, encode=True) == [
-        *zip((0, 250, 500), bars(250, 500, 750), strict=True),
-        (750, 0.0),
-    ]
+    assert published_walk(SCHEDULE, 4, encode=True)[-1] == (750, 0.0)
     assert len(published_walk(SCHEDULE, 300)) == 334  # 300 does not divide 1000
     assert pdae_walk(SCHEDULE, 2) == list(zip((999, 499), bars(499, 0), strict=True))
-    assert pdae_walk(SCHEDULE, 2, encode=True) == list(zip((0, 499), bars(499, 999), strict=True))
 
 
-def test_one_step_is_methods_formula_in_float64():
-    t, after = 400, 0.7
-    x, epsilon = NOISE.double(), random_images(5).double()
-    bar = SCHEDULE.alpha_bar_T[t].double()
-    x0 = (x / bar.sqrt() - (1 / bar - 1).sqrt() * epsilon).clamp(-1, 1)
-    implied = (x / bar.sqrt() - x0) / (1 / bar - 1).sqrt()
-    expected = after**0.5 * x0 + (1 - after) ** 0.5 * implied
-    found = ddim_walk(SCHEDULE, lambda *_: random_images(5), NOISE, [(t, after)])
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("encode", [False, True])
+@pytest.mark.parametrize("name", ["published_walk", "pdae_walk"])
+def test_the_published_walks_are_the_references_at_every_number_of_steps(name: str, encode: bool):
+    for steps in range(1, 1000):
+        found = getattr(sampling, name)(SCHEDULE, steps, encode=encode)
+        expected = getattr(reference, name)(REFERENCE, steps, encode=encode)
+        assert [t for t, _ in found] == [t for t, _ in expected], steps
+        np.testing.assert_allclose([to for _, to in found], [to for _, to in expected], rtol=2e-6)
+
+
+ALL_TIMESTEPS = uniform_timesteps(0, 1000, 1000)
+
+
+@dataclass(frozen=True)
+class LinearDiTi:
+    """What `diti_estimate` needs of a model: epsilon_theta = x / 2 and G = A c."""
+
+    masks: Masks
+    decoder: Tensor
+    schedule: NoiseSchedule = SCHEDULE
+    timesteps: TimestepDistribution = ALL_TIMESTEPS
+
+    def epsilon_and_shift(self, x: Tensor, _t: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
+        return x / 2, (condition @ self.decoder.T).reshape(x.shape)
+
+
+@settings(deadline=None, max_examples=500)
+@given(
+    found=cuts(1000),
+    walk=st.sampled_from(["published_walk", "pdae_walk"]),
+    steps=st.integers(1, 8),
+    encode=st.booleans(),
+    options=st.fixed_dictionaries(
+        {"masked": st.booleans(), "coefficient": st.sampled_from(["training", "published"])}
+    ),
+    seed=st.integers(0, 2**32),
+)
+def test_a_walk_under_a_linear_decoder_is_the_references(found, walk, steps, encode, options, seed):
+    """One step and several, both grids, both directions, all of z or the trained part of it."""
+    partition, cut = found
+    rng = np.random.default_rng(seed)
+    x, z = rng.normal(size=(1, 3, 2, 2)), rng.normal(size=partition.latent_dim)
+    decoder = 0.3 * rng.normal(size=(12, partition.latent_dim))
+
+    def expected_estimate(x: reference.Array, t: int) -> reference.Array:
+        seen = cut.cumulative[cut.of_timestep[t]] if options["masked"] else 1
+        published = options["coefficient"] == "published"
+        s = -np.sqrt(1 - REFERENCE.alpha_bar[t]) if published else REFERENCE.shift_coefficient(t)
+        return x / 2 + s * (decoder @ (z * seen)).reshape(x.shape)
+
+    model = LinearDiTi(partition.masks(), torch.tensor(decoder).float())
+    estimate = diti_estimate(model, torch.tensor(z).float()[None], **options)
+    steps_taken = getattr(sampling, walk)(SCHEDULE, steps, encode=encode)
+    result = ddim_walk(SCHEDULE, estimate, torch.tensor(x).float(), steps_taken)
+    wanted_walk = getattr(reference, walk)(REFERENCE, steps, encode=encode)
+    expected = reference.ddim_walk(REFERENCE, x, wanted_walk, expected_estimate)
+    np.testing.assert_allclose(result, expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(("end", "steps"), [(999, 20), (300, 5)])

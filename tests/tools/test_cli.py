@@ -2,15 +2,16 @@
 
 import json
 from pathlib import Path
-from typing import NoReturn
 
 import pytest
 from typer.testing import CliRunner, Result
 
+from cluster.session import ray_session
 from configs.loading import dump_run
-from configs.schema import DitiTask, RunConfig
+from configs.schema import RunConfig
 from data_pipelines.local_s3 import LocalS3
 from data_pipelines.object_store import ObjectStore, join
+from pretrain import checkpoint
 from tests.published_files import write_denoiser, write_run
 from tests.tiny_run import make_run
 from tools.cli import app
@@ -165,24 +166,27 @@ def test_an_export_is_of_one_run_or_of_one_file(tmp_path) -> None:
     refused(diti("export", "--checkpoint", denoiser, *options), denoiser, "without an encoder")
 
 
-def test_training_can_start_from_a_checkpoint_file(
-    tmp_path, run, monkeypatch: pytest.MonkeyPatch
+def test_training_can_start_from_the_folder_of_another_run(
+    tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[RunConfig] = []
-
-    def launch(config: RunConfig, local_dir: Path) -> NoReturn:
-        seen.append(config)
-        raise ValueError("launched")
-
-    monkeypatch.setattr("tools.commands.runs.launch", launch)
     monkeypatch.chdir(tmp_path)
-    refused(train(tmp_path, run, "--checkpoint", "some folder/latest.pt"), "launched")
-    refused(train(tmp_path, run, "--checkpoint", "s3://bucket/runs/other"), "launched")
-    tasks = [config.task for config in seen]
-    assert [isinstance(task, DitiTask) and task.start_from for task in tasks] == [
-        str(tmp_path / "some folder" / "latest.pt"),
-        "s3://bucket/runs/other",
-    ]
+    one_step = ("train.total_images=8", "train.global_batch=8", "cluster.num_workers=1")
+    run = make_run(ObjectStore(), "a folder", *one_step)
+    with ray_session(num_cpus=1):
+        assert train(tmp_path, run, "name=source").exit_code == 0
+        result = train(tmp_path, run, "seed=1", "--checkpoint", "a folder/runs/source")
+    assert result.exit_code == 0, result.output
+    assert "8 images, step-00000001 complete" in result.stdout
+
+    def file(name: str, step: int, kind: str) -> bytes:
+        url = join("a folder/runs", name)
+        return checkpoint.read_file(
+            ObjectStore(), url, checkpoint.find(ObjectStore(), url, step), kind
+        )
+
+    start = file("tiny", 0, checkpoint.WEIGHTS_NAME)
+    assert start == file("source", 1, checkpoint.EMA_NAME)
+    assert start != file("source", 0, checkpoint.EMA_NAME)
 
 
 def test_features_without_a_manifest_are_refused(s3_url: str) -> None:

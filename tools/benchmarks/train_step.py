@@ -28,6 +28,7 @@ from configs.schema import BackboneConfig, DitiTask, EncoderConfig, ScheduleConf
 from pretrain.backbone import Backbone
 from pretrain.diti import DiTi
 from pretrain.ema import Ema
+from pretrain.encoder import Encoder
 from pretrain.engine import keep_freed_memory
 from pretrain.unet import UNet
 from tools.benchmarks import plain_model
@@ -190,6 +191,7 @@ def make_model() -> DiTi:
 def take_the_plain_way(model: DiTi) -> None:
     """Replace the passes of the networks by those of `plain_model`, over the same parameters."""
     decoder, encoder = model.decoder, model.encoder
+    assert isinstance(encoder, Encoder)
     plain_look = torch.no_grad()(partial(plain_model.look, decoder.backbone))
     for part, method, plain in (
         (decoder, "look", plain_look),

@@ -84,7 +84,7 @@ def reconstruction(
 
         store = ObjectStore()
         model = load_model(store, run, checkpoint, config)
-        images = read_images(store, shards, count, model.encoder.image_size_px)
+        images = read_images(store, shards, count, model.image_size_px)
         with progress_bar("reconstructing", 1.0) as update:
             results = evaluate_reconstruction(
                 model, images, steps=steps, on_progress=lambda share: update(share, "")
