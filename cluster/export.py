@@ -27,7 +27,8 @@ from cluster.work import wait_for, work_off
 from data_pipelines.feature_part import FeatureColumn, PartInfo, encode_part, part_moments
 from data_pipelines.feature_store import FeatureManifest, part_name, publish_manifest
 from data_pipelines.object_store import AlreadyExistsError, ObjectStore, StoreError, absolute, join
-from data_pipelines.sample_stream import decode_sample, read_shard
+from data_pipelines.sample_reader import read_shard
+from data_pipelines.sample_stream import decode_sample
 from data_pipelines.shard_index import Shard, ShardIndex, read_index, verify_listing
 from pretrain.published import ConfigSource
 from pretrain.trained import TrainedEncoder, load_encoder, load_published_encoder

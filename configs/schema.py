@@ -112,6 +112,9 @@ class DataConfig(Section):
     """Threads that decode images, per rank."""
     horizontal_flip: bool = False
     """Mirror every other image, decided by its position like the noise."""
+    error_budget: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.001
+    """Share of the samples read (of an epoch, in the first one) that may be replaced, because they
+    cannot be used, before the run stops."""
     prefetch_batches: PositiveInt = 4
     """Decoded micro-batches held ready, per rank; bounds the loader's memory."""
 

@@ -232,7 +232,8 @@ def read_index(store: ObjectStore, url: str) -> ShardIndex:
         data = store.read(where)
     except ObjectMissingError as error:
         raise ObjectMissingError(
-            f"no shard index at {where}; check data.shards, or index the tars there with `diti data index`"
+            f"no shard index at {where}; check data.shards, or index the tars there with "
+            f"`diti data index`"
         ) from error
     try:
         table = pq.read_table(io.BytesIO(data))

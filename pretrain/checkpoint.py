@@ -14,7 +14,7 @@ import json
 import re
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,8 @@ class Manifest:
     world_size: int
     code_version: str
     files: dict[str, tuple[int, str]]
+    bad_samples: dict[str, int] = field(default_factory=dict)
+    """Samples of the run so far that had to be replaced, by cause."""
     format_version: int = FORMAT_VERSION
 
     @property

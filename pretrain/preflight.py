@@ -1,16 +1,19 @@
 """Everything that can be refused before a single worker is started."""
 
+import logging
 from dataclasses import dataclass
 
 from configs.schema import DitiTask, RunConfig
 from data_pipelines.object_store import ObjectStore, join
 from data_pipelines.sample_order import SampleOrder
-from data_pipelines.shard_index import ShardIndex, read_index, verify_listing
+from data_pipelines.shard_index import ShardIndex, changed_shards, read_index, verify_listing
 from pretrain import checkpoint
 from pretrain.backbone import load_backbone, shapes_of
 from pretrain.diti import DiTi
 from pretrain.run_plan import RunPlan, plan_run
 from pretrain.trained import initial_weights
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +70,7 @@ def preflight(config: RunConfig, world_size: int) -> Preflight:
     store = open_store(config)
     store.check_access(run_url(config), write=True)
     index = read_index(store, config.data.shards)
-    verify_listing(store, index)
+    _check_listing(config, store, index)
     if config.train.global_batch > index.num_samples:
         raise ValueError(
             f"train.global_batch is {config.train.global_batch}, but {config.data.shards} has only "
@@ -90,3 +93,13 @@ def preflight(config: RunConfig, world_size: int) -> Preflight:
             world_size=world_size,
         )
     return Preflight(index, plan, newest.step if newest else 0)
+
+
+def _check_listing(config: RunConfig, store: ObjectStore, index: ShardIndex) -> None:
+    """Refuse changed shards, unless the run's budget for bad samples has room for all of theirs."""
+    changed = changed_shards(index, store.list(index.url))
+    lost = sum(shard.num_samples for shard in index.shards if shard.name in changed)
+    if lost > config.data.error_budget * index.num_samples:
+        verify_listing(store, index)
+    for name, problem in changed.items():
+        _log.warning("%s %s; its samples will be replaced (data.error_budget)", name, problem)

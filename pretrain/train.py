@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,7 +22,13 @@ from torch import Tensor
 
 from configs.loading import dump_run
 from configs.schema import DitiTask, RunConfig
-from data_pipelines.object_store import ObjectStore
+from data_pipelines.bad_samples import (
+    DEAD_LETTERS,
+    DeadLetter,
+    TooManyBadSamplesError,
+    to_json_lines,
+)
+from data_pipelines.object_store import ObjectStore, join
 from data_pipelines.sample_order import SampleOrder, mix64
 from data_pipelines.sample_stream import Batch, open_stream
 from data_pipelines.shard_index import ShardIndex, read_index
@@ -33,6 +39,7 @@ from pretrain.denoiser import Denoiser
 from pretrain.diti import DiTi
 from pretrain.ema import Ema
 from pretrain.engine import Engine
+from pretrain.error_budget import ErrorBudget
 from pretrain.metrics import MetricsLog
 from pretrain.position_noise import draw
 from pretrain.preflight import load_start, open_store, run_url, sample_order
@@ -64,6 +71,8 @@ class Progress:
     """Part of the window that this rank spent waiting for decoded images."""
     peak_memory_gib: float
     """Most memory that this rank has held so far: of its GPU, or of its process on a CPU."""
+    bad_samples: int
+    """Of the whole run so far: samples that had to be replaced."""
     checkpoint_step: int
     """Step of the newest complete checkpoint."""
 
@@ -88,6 +97,7 @@ def run(
     Raises:
         CheckpointError: the run's folder holds checkpoints of another configuration.
         TrainingDivergedError: the loss is NaN or infinite.
+        TooManyBadSamplesError: more samples cannot be used than `data.error_budget` allows.
     """
     # --- where: ranks, storage, plan ---------------------------------------------------------
     world = join_world()
@@ -107,6 +117,9 @@ def run(
     ema = Ema(engine.local_shards(), config.train.ema_decay)
     saver = _Saver(config, store, world, index, backbone_sha256, local_dir, newest)
     step = saver.restore(engine, ema)
+    budget = ErrorBudget(
+        config.data.error_budget, index.num_samples, newest.bad_samples if newest else {}
+    )
 
     # --- loop --------------------------------------------------------------------------------
     batches = _timed(_open_batches(store, index, order, config, plan, world, first_batch=step))
@@ -117,13 +130,14 @@ def run(
         if saver.newest is None:
             # Step 0 is published too: it proves early that storage takes our checkpoints, and it
             # is the untrained encoder that every evaluation compares with.
-            saver.publish(0, engine, ema, metrics, seen=[])
+            saver.publish(0, engine, ema, metrics, budget, seen=[])
         while step < plan.total_steps:
             torch.manual_seed(int(mix64(config.seed, step, world.rank) >> np.uint64(1)))  # dropout
             micro_batches = []
             for _ in range(plan.accumulation):
                 batch, waited = next(batches)
                 seen.append(batch)
+                budget.note(batch.dead_letters)
                 window.waited += waited
                 micro_batches.append(_to_tensors(batch, config, timesteps, world.device))
 
@@ -134,20 +148,15 @@ def run(
             step += 1
 
             if step % config.train.log_every_steps == 0 or plan.publishes_at(step):
-                progress = window.close(step, config, plan, world, saver.newest_step)
+                progress = window.close(step, config, plan, world, budget.settle())
                 metrics.record(_metrics_line(progress, rate))
+                _check(progress, budget, saver)
+                if plan.publishes_at(step):
+                    saver.publish(step, engine, ema, metrics, budget, seen)
+                    seen.clear()
                 if report:
-                    report(progress)
-                if not math.isfinite(progress.loss):
-                    raise TrainingDivergedError(
-                        f"loss is {progress.loss} by step {step}; the newest complete checkpoint "
-                        f"is step {saver.newest_step}. Lower optimizer.learning_rate or set "
-                        f"optimizer.clip_norm."
-                    )
+                    report(replace(progress, checkpoint_step=saver.newest_step))
                 window = _Window()
-            if plan.publishes_at(step):
-                saver.publish(step, engine, ema, metrics, seen)
-                seen.clear()
 
     assert saver.newest is not None
     return saver.newest
@@ -169,6 +178,20 @@ def build_model(
     model.tables_to(device)
     set_attention(model, kernel)
     return model.to(device), sha256
+
+
+def _check(progress: Progress, budget: ErrorBudget, saver: "_Saver") -> None:
+    """Stop, on every rank alike, where going on makes no sense."""
+    if not math.isfinite(progress.loss):
+        raise TrainingDivergedError(
+            f"loss is {progress.loss} by step {progress.step}; the newest complete checkpoint is "
+            f"step {saver.newest_step}. Lower optimizer.learning_rate or set optimizer.clip_norm."
+        )
+    try:
+        budget.check(progress.images)
+    except TooManyBadSamplesError:
+        saver.write_dead_letters(progress.step, budget.take_unwritten())
+        raise
 
 
 def _open_batches(
@@ -229,7 +252,7 @@ class _Window:
         self.losses: list[Tensor] = []
 
     def close(
-        self, step: int, config: RunConfig, plan: RunPlan, world: World, checkpoint_step: int
+        self, step: int, config: RunConfig, plan: RunPlan, world: World, bad_samples: int
     ) -> Progress:
         """Collective: the loss is the mean over ranks."""
         loss = mean_over_ranks(torch.stack(self.losses).mean())
@@ -244,7 +267,8 @@ class _Window:
             images_per_second=len(self.losses) * config.train.global_batch / seconds,
             data_wait_share=self.waited / seconds,
             peak_memory_gib=world.peak_memory_gib(),
-            checkpoint_step=checkpoint_step,
+            bad_samples=bad_samples,
+            checkpoint_step=0,
         )
 
 
@@ -257,6 +281,7 @@ def _metrics_line(progress: Progress, rate: float) -> dict[str, float]:
         "images_per_second": progress.images_per_second,
         "data_wait_share": progress.data_wait_share,
         "peak_memory_gib": progress.peak_memory_gib,
+        "bad_samples": progress.bad_samples,
     }
 
 
@@ -314,7 +339,13 @@ class _Saver:
         return manifest.step
 
     def publish(
-        self, step: int, engine: Engine, ema: Ema, metrics: MetricsLog, seen: list[Batch]
+        self,
+        step: int,
+        engine: Engine,
+        ema: Ema,
+        metrics: MetricsLog,
+        budget: ErrorBudget,
+        seen: list[Batch],
     ) -> None:
         """Collective: write the state after `step` steps as a complete checkpoint."""
         folder = self._empty_scratch()
@@ -330,6 +361,7 @@ class _Saver:
             save_file(average, folder / checkpoint.EMA_NAME)
             metrics.write_to(folder)
             (folder / "run.yaml").write_text(dump_run(self.config))
+        self.write_dead_letters(step, budget.take_unwritten())
         parent = self.newest.name if self.newest else None
 
         def manifest(parts: str, files: dict[str, tuple[int, str]]) -> checkpoint.Manifest:
@@ -344,12 +376,20 @@ class _Saver:
                 world_size=self.world.size,
                 code_version=version("diti-pretrain"),
                 files=files,
+                bad_samples=dict(budget.counts),
             )
 
         self.newest = checkpoint.publish(
             self.store, run_url(self.config), folder, self.world, manifest
         )
         shutil.rmtree(folder)
+
+    def write_dead_letters(self, step: int, letters: list[DeadLetter]) -> None:
+        """Object stores cannot append: one object per rank and checkpoint."""
+        if letters:
+            name = f"step-{step:08d}-rank-{self.world.rank:05d}.jsonl"
+            where = join(run_url(self.config), DEAD_LETTERS, name)
+            self.store.write(where, to_json_lines(letters).encode())
 
     def _empty_scratch(self) -> Path:
         shutil.rmtree(self.scratch, ignore_errors=True)

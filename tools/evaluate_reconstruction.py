@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from data_pipelines.object_store import ObjectStore, absolute
-from data_pipelines.sample_stream import Sample, read_shard
+from data_pipelines.sample_reader import Sample, read_shard
 from data_pipelines.shard_index import ShardIndex, read_index
 from pretrain.diti import DiTi
 from pretrain.published import ConfigSource

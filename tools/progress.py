@@ -111,7 +111,8 @@ def training_bar(
             update(
                 slowest.images,
                 f"{slowest.images_per_second:.0f} images/s  loss {slowest.loss:.4f}  "
-                f"data wait {waiting:.0%}  checkpoint {slowest.checkpoint_step}",
+                f"data wait {waiting:.0%}  checkpoint {slowest.checkpoint_step}"
+                + (f"  bad samples {slowest.bad_samples}" if slowest.bad_samples else ""),
             )
 
         yield show

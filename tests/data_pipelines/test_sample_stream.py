@@ -1,12 +1,14 @@
 """The stream: what the order says is what every rank gets, from any position."""
 
 import io
+import re
 import tarfile
 import threading
 import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,23 +17,23 @@ import webdataset as wds
 from PIL import Image
 
 from configs.schema import DataConfig
-from data_pipelines import sample_stream
+from data_pipelines import sample_reader
+from data_pipelines.bad_samples import TooManyBadSamplesError
 from data_pipelines.decoding import DecodeError
-from data_pipelines.object_store import ObjectStore, ObjectTooShortError, StoreError, join
+from data_pipelines.local_s3 import LocalS3
+from data_pipelines.object_store import ObjectStore, StoreError, join
 from data_pipelines.sample_order import SampleOrder
+from data_pipelines.sample_reader import PositionedSamples, looking_ahead
 from data_pipelines.sample_stream import (
     Batch,
-    PositionedSamples,
     batched,
     decode_sample,
     decoded,
-    looking_ahead,
     open_stream,
     prefetched,
 )
 from data_pipelines.shard_index import ShardIndex, publish_shard, write_index
 from data_pipelines.shard_writer import sample_key, write_shard
-from data_pipelines.tar_members import ShardMismatchError
 
 STORE = ObjectStore()
 SIZES = (7, 12, 5, 9, 3)  # 36 samples
@@ -247,7 +249,7 @@ def test_a_stage_that_was_left_early_can_be_iterated_again(
     shared: ShardIndex, block: int, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(
-        sample_stream, "FETCH_THREADS", 1
+        sample_reader, "FETCH_THREADS", 1
     )  # so that much is unfinished when it is left
     blocks = [np.arange(start, start + block) for start in range(0, 36, block)]
     stage = PositionedSamples(STORE, shared, order_of(shared), blocks)
@@ -291,19 +293,57 @@ def test_tars_of_other_writers_are_read(tmp_path: Path, names: list[str]):
 # ------------------------------------------------------------------------------- errors with a name
 
 
-def test_an_undecodable_image_is_named_with_its_shard(tmp_path: Path):
-    good = [(picture(0, row), {}) for row in range(8)]
-    bad = [(b"\xff\xd8 no jpeg", {}) if row == 5 else good[row] for row in range(8)]
+def epoch_of(index: ShardIndex, first_batch: int = 0, **options: Any) -> list[Batch]:
+    """Three batches of twelve: one epoch."""
+    return take(stream(index, first_batch=first_batch, **options), 3)
+
+
+def keys_of(batches: list[Batch]) -> list[str]:
+    return [key for batch in batches for key in batch.keys]
+
+
+def check_replaced(index: ShardIndex, bad: set[str], cause: str, reason: str) -> None:
+    """Everything else keeps its place; a bad sample has a good one in its place and a letter."""
+    batches = epoch_of(index)
+    letters = [letter for batch in batches for letter in batch.dead_letters]
+    expected, found = expected_keys(index, np.arange(36)), keys_of(batches)
+    assert not bad & set(found)
+    assert {k for k, f in zip(expected, found, strict=True) if k != f} == bad
+    places = {expected.index(key): key for key in bad}
+    assert {letter.position for letter in letters} == set(places)
+    first = {letter.position: letter for letter in reversed(letters)}
+    for position, letter in first.items():
+        assert sample_key(int(letter.shard[:5]), letter.row) == places[position]
+        assert letter.cause == cause
+        assert re.search(reason, letter.reason), letter.reason
+    halves = [epoch_of(index, rank=rank, world_size=2, micro_batch=6) for rank in (0, 1)]
+    split = [key for pair in zip(*halves, strict=True) for half in pair for key in half.keys]
+    assert split == found, "other ranks put the same substitutes there"
+    assert keys_of(epoch_of(index, first_batch=1))[:24] == found[12:], "and so does a resumed run"
+
+
+def test_an_undecodable_image_is_replaced_and_named(tmp_path: Path):
     url = str(tmp_path)
-    shards = [write_shard(STORE, url, 0, good), write_shard(STORE, url, 1, bad)]
-    batches = stream(write_index(STORE, url, shards), micro_batch=1)
-    keys: list[str] = []
-    with pytest.raises(DecodeError, match=rf"sample 000010005 of {url}/00001\.tar: damaged JPEG"):
-        keys.extend(batch.keys[0] for batch in batches)
-    order = SampleOrder((8, 8), seed=5, lanes=4, window_rows=3)
-    shards_, rows = order.locate(np.arange(16))
-    located = list(zip(shards_.tolist(), rows.tolist(), strict=True))
-    assert len(keys) == located.index((1, 5)), "everything before it arrives"
+    shards = [
+        write_shard(STORE, url, n, [
+            (b"\xff\xd8 no jpeg" if (n, row) == (1, 5) else picture(n, row), {})
+            for row in range(size)
+        ])
+        for n, size in enumerate(SIZES)
+    ]  # fmt: skip
+    check_replaced(
+        write_index(STORE, url, shards),
+        {"000010005"},
+        "undecodable image",
+        rf"sample 000010005 of {url}/00001\.tar: damaged JPEG",
+    )
+
+
+def test_when_nothing_can_be_used_the_stream_ends_with_an_error(tmp_path: Path):
+    samples = [(b"\xff\xd8 no jpeg", {}) for _ in range(12)]
+    index = write_index(STORE, str(tmp_path), [write_shard(STORE, str(tmp_path), 0, samples)])
+    with pytest.raises(TooManyBadSamplesError, match="and 100 substitutes cannot be used"):
+        next(stream(index))
 
 
 def test_a_sample_without_an_image_is_named():
@@ -311,35 +351,46 @@ def test_a_sample_without_an_image_is_named():
         decode_sample({"__key__": "k", "__url__": "u", "json": b"{}", "gif": b"GIF89a"}, 8)
 
 
-def test_a_flipped_byte_is_named_with_member_and_shard(index: ShardIndex):
+def test_a_flipped_byte_costs_that_sample_only(index: ShardIndex):
     path = Path(index.url, "00003.tar")
     data = bytearray(path.read_bytes())
     with tarfile.open(path) as tar:
         data[tar.getmember("000030004.jpg").offset_data + 2] ^= 0x20
     path.write_bytes(data)
-    with pytest.raises(
-        ShardMismatchError, match=r"00003\.tar: member 000030004\.jpg at byte \d+ does not match"
-    ):
-        take(stream(index), 3)
+    check_replaced(
+        index,
+        {"000030004"},
+        "other bytes than indexed",
+        r"00003\.tar: member 000030004\.jpg at byte \d+ does not match",
+    )
+
+
+def keys_of_shard(number: int) -> set[str]:
+    return {sample_key(number, row) for row in range(SIZES[number])}
 
 
 def test_a_shard_replaced_by_a_valid_one_of_the_same_size_is_noticed(index: ShardIndex):
     size = Path(index.url, "00001.tar").stat().st_size
     write_shard(STORE, index.url, 1, [(picture(4, row), {}) for row in range(SIZES[1])])
     assert Path(index.url, "00001.tar").stat().st_size == size
-    with pytest.raises(ShardMismatchError, match=r"00001"):
-        take(stream(index), 3)
+    check_replaced(index, keys_of_shard(1), "other bytes than indexed", r"00001")
 
 
-def test_a_shard_cut_or_removed_while_it_is_read_is_named(index: ShardIndex):
+def test_a_shard_cut_or_removed_while_it_is_read_is_replaced_row_by_row(index: ShardIndex):
     path = Path(index.url, "00001.tar")
-    whole = path.read_bytes()
-    path.write_bytes(whole[:2_048])
-    with pytest.raises(ObjectTooShortError, match=r"00001\.tar has 2048 bytes"):
-        take(stream(index), 3)
+    path.write_bytes(path.read_bytes()[:2_048])
+    check_replaced(index, keys_of_shard(1), "shard cut short", r"00001\.tar has 2048 bytes")
     path.unlink()
-    with pytest.raises(StoreError, match=r"00001\.tar does not exist"):
-        take(stream(index), 3)
+    check_replaced(index, keys_of_shard(1), "shard missing", r"00001\.tar does not exist")
+
+
+def test_a_store_that_does_not_answer_makes_no_sample_bad(s3: LocalS3, s3_url: str):
+    index = write_set(ObjectStore(), s3_url)
+    dead = ObjectStore(
+        endpoint_url="http://127.0.0.1:9", deadline_seconds=1, request_timeout_seconds=0.5
+    )
+    with pytest.raises(StoreError, match=r"127\.0\.0\.1:9"):
+        next(stream(index, store=dead))
 
 
 # --------------------------------------------------------------------------------- threads and ends

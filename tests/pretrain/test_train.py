@@ -11,22 +11,32 @@ import pytest
 import torch
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
+from typer.testing import CliRunner
 
 from configs.schema import RunConfig
-from data_pipelines.object_store import ObjectStore
+from data_pipelines.bad_samples import (
+    DEAD_LETTERS,
+    DeadLetter,
+    TooManyBadSamplesError,
+    from_json_lines,
+)
+from data_pipelines.object_store import ObjectStore, join
+from data_pipelines.tar_members import ShardMismatchError
 from pretrain import checkpoint
 from pretrain.preflight import preflight, run_url
 from pretrain.train import Progress, run
 from pretrain.trained import load_diti, load_encoder
 from pretrain.world import World
+from tests.tars import headers
 from tests.tiny_run import make_run
+from tools.cli import app
 
 STORE = ObjectStore()
 FILES = (checkpoint.WEIGHTS_NAME, checkpoint.EMA_NAME)
 pytestmark = pytest.mark.usefixtures("world")
-SHORT = (  # 3 steps, checkpoints at 0, 2 and 3
+SHORT = (  # 4 steps, checkpoints at 0, 2 and 4
     "train.global_batch=8",
-    "train.total_images=24",
+    "train.total_images=32",
     "train.checkpoint_every_images=16",
     "cluster.num_workers=1",
 )
@@ -70,12 +80,12 @@ def resnet10(tmp_path_factory: pytest.TempPathFactory, world: World) -> RunConfi
 
 
 def test_checkpoints_hold_the_buffers_the_averaged_weights_with_a_copy(resnet10: RunConfig):
-    weights, average = (tensors(resnet10, 3, name) for name in FILES)
+    weights, average = (tensors(resnet10, 4, name) for name in FILES)
     assert len(buffers(weights)) == 12 * 3
     for name, buffer in buffers(weights).items():
         assert torch.equal(average[name], buffer), name
     assert not torch.equal(average["encoder.conv1.weight"], weights["encoder.conv1.weight"])
-    assert weights["encoder.bn1.num_batches_tracked"] == 3
+    assert weights["encoder.bn1.num_batches_tracked"] == 4
     before = tensors(resnet10, 0, checkpoint.WEIGHTS_NAME)
     assert not torch.equal(before["encoder.bn1.running_mean"], weights["encoder.bn1.running_mean"])
 
@@ -154,7 +164,7 @@ def test_a_run_starts_from_another_ones_average_and_needs_it_no_more_once_it_has
 
     shutil.rmtree(run_url(source))
     assert preflight(config, 1).resumes_at == 2
-    assert run(config, local_dir=tmp_path).step == 3
+    assert run(config, local_dir=tmp_path).step == 4
     with pytest.raises(checkpoint.CheckpointError, match="source has no complete checkpoint"):
         preflight(config.model_copy(update={"name": "new"}), 1)
 
@@ -167,10 +177,100 @@ def test_progress_and_metrics_tell_the_most_memory_so_far(tmp_path: Path, world:
     config = make_run(STORE, str(tmp_path), *SHORT)
     manifest = run(config, local_dir=tmp_path, report=reports.append)
     peaks = [progress.peak_memory_gib for progress in reports]
-    assert len(peaks) == 3
-    assert 0.1 < peaks[0] <= peaks[1] <= peaks[2] <= world.peak_memory_gib()
+    assert len(peaks) == 4
+    assert 0.1 < peaks[0] <= peaks[1] <= peaks[2] <= peaks[3] <= world.peak_memory_gib()
     lines = checkpoint.read_metrics(STORE, run_url(config), manifest)
     assert [line["peak_memory_gib"] for line in lines] == peaks
+
+
+def test_the_last_report_names_the_last_checkpoint(tmp_path: Path):
+    reports: list[Progress] = []
+    run(make_run(STORE, str(tmp_path), *SHORT), local_dir=tmp_path, report=reports.append)
+    assert [progress.checkpoint_step for progress in reports] == [0, 2, 2, 4]
+
+
+# --- samples that cannot be used ------------------------------------------------------------------
+
+
+def spoil(config: RunConfig, shard: str, member: str) -> bytes:
+    """Flip a bit of an image; returns the shard as it was."""
+    where = join(config.data.shards, shard)
+    whole = STORE.read(where)
+    data = bytearray(whole)
+    data[next(h for h in headers(whole) if h.name == member).offset_data + 40] ^= 1
+    STORE.write(where, bytes(data))
+    return whole
+
+
+def trained_on(config: RunConfig) -> list[str]:
+    """Keys in order of position, from the checkpoints' own lists."""
+    url, lines = run_url(config), []
+    for step in checkpoint.complete_steps(STORE, url):
+        manifest = checkpoint.find(STORE, url, step)
+        lines += checkpoint.read_file(STORE, url, manifest, "samples-00000.tsv").decode().split()
+    return lines[1::2]
+
+
+def letters_of(config: RunConfig) -> list[DeadLetter]:
+    folder = join(run_url(config), DEAD_LETTERS)
+    return [
+        letter
+        for info in STORE.list(folder)
+        for letter in from_json_lines(STORE.read(info.url).decode())
+    ]
+
+
+def test_a_bad_sample_is_replaced_counted_and_named_and_the_rest_is_as_if_it_were_good(
+    tmp_path: Path,
+):
+    epoch = ("train.total_images=96", "data.error_budget=0.02")
+    config = make_run(STORE, str(tmp_path), *SHORT, *epoch)
+    good = config.model_copy(update={"name": "good"})
+    run(good, local_dir=tmp_path)
+    whole = spoil(config, "00001.tar", "000010005.jpg")
+    reports: list[Progress] = []
+    run_in_two_parts(config, tmp_path)
+    manifest = run(config, local_dir=tmp_path, report=reports.append)
+    assert reports[-1].bad_samples == 1
+    assert manifest.bad_samples == {"other bytes than indexed": 1}
+    [letter] = letters_of(config)
+    assert (letter.shard, letter.row, letter.key) == ("00001.tar", 5, "")
+    undisturbed, found = trained_on(good), trained_on(config)
+    assert [a for a, b in zip(undisturbed, found, strict=True) if a != b] == ["000010005"]
+
+    assert "1 of 1 samples still cannot be used" in repair(config, exit_code=1)
+    STORE.write(join(config.data.shards, "00001.tar"), whole)
+    assert "1 of 1 samples can be used again" in repair(config, exit_code=0)
+    assert letters_of(config) == []
+
+
+def repair(config: RunConfig, exit_code: int) -> str:
+    result = CliRunner().invoke(app, ["data", "repair", run_url(config)])
+    assert result.exit_code == exit_code, result.output
+    return result.output
+
+
+def test_above_the_budget_the_run_stops_with_the_causes_ranked_and_its_dead_letters(
+    tmp_path: Path,
+):
+    config = make_run(STORE, str(tmp_path), *SHORT, "data.error_budget=0", "train.total_images=96")
+    spoil(config, "00001.tar", "000010005.jpg")
+    with pytest.raises(
+        TooManyBadSamplesError, match=r"1 samples .* 0 are allowed .* 1 other bytes"
+    ):
+        run(config, local_dir=tmp_path)
+    assert [letter.row for letter in letters_of(config)] == [5]
+
+
+def test_a_shard_that_is_gone_is_refused_or_counted_by_the_same_budget(tmp_path: Path):
+    config = make_run(STORE, str(tmp_path), *SHORT, "data.error_budget=0.3")
+    STORE.delete(join(config.data.shards, "00002.tar"))
+    assert preflight(config, 1).resumes_at == 0
+    strict = config.data.model_copy(update={"error_budget": 0.2})
+    with pytest.raises(ShardMismatchError, match=r"00002\.tar is missing"):
+        preflight(config.model_copy(update={"data": strict}), 1)
+    manifest = run(config, local_dir=tmp_path)
+    assert manifest.bad_samples.keys() == {"shard missing"}
 
 
 def test_peak_memory_is_that_of_the_process_and_stays_when_memory_is_freed():

@@ -204,6 +204,7 @@ def test_features_without_a_manifest_are_refused(s3_url: str) -> None:
         ("data", "make"),
         ("data", "index"),
         ("data", "verify"),
+        ("data", "repair"),
         ("backbone", "train"),
         ("backbone", "samples"),
         ("backbone", "import"),

@@ -129,6 +129,34 @@ def verify(
         report_problems(problems, "found")
 
 
+@app.command()
+def repair(
+    run: Annotated[str, typer.Argument(help="The run's folder: OUTPUT/NAME.")],
+) -> None:
+    """Read a run's dead letters again, and clear those that can be used by now.
+
+    Example: diti data repair s3://bucket/runs/my-run
+    """
+    with clear_errors():
+        from data_pipelines.bad_samples import ranked_causes
+        from data_pipelines.object_store import ObjectStore
+        from tools.progress import working
+        from tools.repair import repair as read_again
+
+        with working("reading dead letters again"):
+            found = read_again(ObjectStore(), run)
+        bad = found.still_bad.total()
+        everything = found.mended + bad
+        typer.echo(f"{found.mended} of {everything} samples can be used again")
+        if bad:
+            typer.echo(
+                f"diti: {bad} of {everything} samples still cannot be used: "
+                f"{ranked_causes(found.still_bad)}",
+                err=True,
+            )
+            raise typer.Exit(1)
+
+
 def report_problems(problems: list[str], what: str) -> None:
     """Print them and end with exit code 1, if there are any."""
     for problem in problems:

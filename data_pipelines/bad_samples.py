@@ -1,0 +1,103 @@
+"""Samples that cannot be used: what is said of them, and what takes their place.
+
+A substitute is a pure function of the position: candidates are other samples of the same epoch, in
+an order that only seed and position decide, and the first that can be used is taken. So every rank,
+and every resumed run, puts the same sample there. A store that does not answer makes no sample bad.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+
+from data_pipelines.decoding import DecodeError
+from data_pipelines.object_store import (
+    BucketMissingError,
+    ObjectMissingError,
+    ObjectTooShortError,
+)
+from data_pipelines.sample_order import SampleOrder, mix64
+from data_pipelines.tar_members import ShardMismatchError
+
+BAD_SAMPLE_ERRORS = (DecodeError, ShardMismatchError, ObjectMissingError, ObjectTooShortError)
+"""Errors that stay when the sample is read again."""
+MAX_CANDIDATES = 100
+DEAD_LETTERS = "dead-letters"
+"""Folder of a run that holds them, an object per rank and checkpoint."""
+
+
+class TooManyBadSamplesError(RuntimeError):
+    """More samples had to be replaced than `data.error_budget` allows."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """A sample that could not be used: where, and why."""
+
+    position: int
+    shard: str
+    row: int
+    key: str
+    """ "" where the member table could not be read either."""
+    cause: str
+    reason: str
+
+
+def cause_of(error: Exception) -> str:
+    """The kind of trouble, to count by.
+
+    Raises:
+        Exception: the error itself, if it does not make a sample bad.
+    """
+    match error:
+        case BucketMissingError():
+            raise error
+        case DecodeError():
+            return "undecodable image"
+        case ShardMismatchError():
+            return "other bytes than indexed"
+        case ObjectMissingError():
+            return "shard missing"
+        case ObjectTooShortError():
+            return "shard cut short"
+        case _:
+            raise error
+
+
+def candidates(order: SampleOrder, position: int) -> Iterator[tuple[int, int]]:
+    """(shard, row) of the samples to try at `position`: its own first, then substitutes."""
+    size = order.samples_per_epoch
+    yield _located(order, position)
+    for attempt in range(MAX_CANDIDATES):
+        other = int(mix64(order.seed, position, attempt)) % size
+        yield _located(order, position - position % size + other)
+
+
+def _located(order: SampleOrder, position: int) -> tuple[int, int]:
+    shards, rows = order.locate(position)
+    return int(shards[0]), int(rows[0])
+
+
+def to_json_lines(letters: Iterable[DeadLetter]) -> str:
+    """One JSON object a line."""
+    return "".join(json.dumps(asdict(letter)) + "\n" for letter in letters)
+
+
+def from_json_lines(text: str) -> list[DeadLetter]:
+    """What `to_json_lines` was given.
+
+    Raises:
+        ValueError: a line is no dead letter.
+    """
+    letters = []
+    for line in text.splitlines():
+        try:
+            letters.append(DeadLetter(**json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{line[:80]!r} is no dead letter ({error})") from error
+    return letters
+
+
+def ranked_causes(causes: Counter[str]) -> str:
+    """`12 undecodable image, 3 shard missing`, most frequent first."""
+    return ", ".join(f"{count} {cause}" for cause, count in causes.most_common())

@@ -1,0 +1,243 @@
+"""Raw samples: of a whole shard, or at any positions, with substitutes for those that are bad.
+
+position -> SampleOrder -> (shard, row) -> ranged GETs -> members, each checked -> sample
+"""
+
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipelines.bad_samples import (
+    BAD_SAMPLE_ERRORS,
+    MAX_CANDIDATES,
+    DeadLetter,
+    TooManyBadSamplesError,
+    candidates,
+    cause_of,
+)
+from data_pipelines.object_store import ObjectStore, join
+from data_pipelines.sample_order import SampleOrder
+from data_pipelines.shard_index import Shard, ShardIndex, read_members
+from data_pipelines.tar_members import MemberTable, ShardMismatchError, row_span
+
+FETCH_THREADS = 8
+LOOK_AHEAD_BLOCKS = 4
+T = TypeVar("T")
+Sample = dict[str, Any]
+"""Extensions to bytes, and what is known of the sample under names such as `__key__`."""
+
+
+def member_sample(
+    table: MemberTable, row: int, url: str, window: bytes, base: int, extensions: Sequence[str]
+) -> Sample:
+    """These members of a sample out of bytes that start at `base` in the tar, each one checked.
+
+    Raises:
+        ShardMismatchError: the bytes are not those that were indexed.
+    """
+    sample: Sample = {"__key__": table.keys[row], "__url__": url, "__row__": row}
+    for extension in extensions:
+        offset = int(table.offsets[extension][row])
+        if offset < 0:
+            continue
+        start = offset - base
+        content = window[start : start + int(table.sizes[extension][row])]
+        if zlib.crc32(content) != int(table.crc32s[extension][row]):
+            raise ShardMismatchError(
+                f"{url}: member {table.keys[row]}.{extension} at byte {offset} does not match its "
+                f"index (CRC-32); the shard was changed after it was indexed: index it again"
+            )
+        sample[extension] = content
+    return sample
+
+
+def read_shard(store: ObjectStore, index: ShardIndex, shard: Shard) -> list[Sample]:
+    """Every raw sample of one shard, in order of row, from one read of the whole tar.
+
+    Raises:
+        ShardMismatchError: the tar is not the one that was indexed.
+    """
+    url = join(index.url, shard.name)
+    table, tar = read_members(store, index, shard), store.read(url)
+    return [
+        member_sample(table, row, url, tar, 0, table.extensions) for row in range(shard.num_samples)
+    ]
+
+
+def read_sample(
+    store: ObjectStore, index: ShardIndex, shard: Shard, row: int, extensions: Sequence[str]
+) -> Sample:
+    """One raw sample, with those of its members that have one of these extensions.
+
+    Raises:
+        ShardMismatchError, StoreError: it cannot be read, or is not what was indexed.
+    """
+    url, table = join(index.url, shard.name), read_members(store, index, shard)
+    wanted = [extension for extension in table.extensions if extension in extensions]
+    start, end = row_span(table, row, row + 1, wanted)
+    return member_sample(table, row, url, store.read(url, start, end), start, wanted)
+
+
+class Substitutes:
+    """Takes a sample that cannot be used and returns the next candidate that can be read.
+
+    What was wrong goes with it under `__letters__`. Called from several threads.
+    """
+
+    def __init__(
+        self, store: ObjectStore, index: ShardIndex, order: SampleOrder, extensions: Sequence[str]
+    ) -> None:
+        self._store, self._index, self._order = store, index, order
+        self._extensions = extensions
+
+    def __call__(self, bad: Sample, error: Exception) -> Sample:
+        """Raises TooManyBadSamplesError after MAX_CANDIDATES, and errors that are no sample's."""
+        position = bad["__position__"]
+        letters = (*bad.get("__letters__", ()), _dead_letter(bad, error))
+        for shard, row in islice(candidates(self._order, position), len(letters), None):
+            start: Sample = {
+                "__position__": position,
+                "__letters__": letters,
+                "__shard__": self._index.shards[shard].name,
+                "__row__": row,
+            }
+            try:
+                found = self._index.shards[shard]
+                return start | read_sample(self._store, self._index, found, row, self._extensions)
+            except BAD_SAMPLE_ERRORS as another:
+                letters = (*letters, _dead_letter(start, another))
+        raise TooManyBadSamplesError(
+            f"position {position}: its sample and {MAX_CANDIDATES} substitutes cannot be used; the "
+            f"last: {letters[-1].reason}"
+        )
+
+
+def _dead_letter(sample: Sample, error: Exception) -> DeadLetter:
+    return DeadLetter(
+        position=sample["__position__"],
+        shard=sample["__shard__"],
+        row=sample["__row__"],
+        key=sample.get("__key__", ""),
+        cause=cause_of(error),
+        reason=str(error),
+    )
+
+
+class PositionedSamples:
+    """Raw samples at the given positions, in order; windows are fetched ahead and in parallel.
+
+    Args:
+        blocks: arrays of global positions; a few blocks are looked at ahead.
+        extensions: of the members that are wanted; others are not even fetched. None wants all.
+        replace: makes another sample of one that cannot be read; without it, errors are raised.
+    """
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        index: ShardIndex,
+        order: SampleOrder,
+        blocks: Iterable[NDArray[np.int64]],
+        extensions: Sequence[str] | None = None,
+        replace: Substitutes | None = None,
+    ) -> None:
+        self._store = store
+        self._index = index
+        self._order = order
+        self._blocks = blocks
+        self._extensions = extensions
+        self._replace = replace
+        self._tables: OrderedDict[int, Future[MemberTable]] = OrderedDict()
+        self._windows: dict[int, tuple[tuple[int, int], Future[tuple[bytes, int]]]] = {}
+
+    def __call__(self) -> Iterator[Sample]:
+        with ThreadPoolExecutor(FETCH_THREADS, "fetch") as pool:
+            try:
+                for located in looking_ahead(
+                    (self._request(block, pool) for block in self._blocks), LOOK_AHEAD_BLOCKS
+                ):
+                    yield from self._collect(*located)
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+                self._tables.clear()  # what was cancelled must not serve the next iteration
+                self._windows.clear()
+
+    def _request(
+        self, positions: NDArray[np.int64], pool: ThreadPoolExecutor
+    ) -> tuple[NDArray[np.int64], list[tuple[int, int, Future[MemberTable], Future[Any]]]]:
+        shards, rows = self._order.locate(positions)
+        lanes = self._order.lanes_of(positions)
+        wanted = []
+        for lane, shard, row in zip(lanes.tolist(), shards.tolist(), rows.tolist(), strict=True):
+            table = self._table(shard, pool)
+            window = (shard, row // self._order.window_rows)
+            # A lane reads one window after the other, so the newest one of each lane is enough.
+            if lane not in self._windows or self._windows[lane][0] != window:
+                self._windows[lane] = (window, pool.submit(self._fetch, *window, table))
+            wanted.append((shard, row, table, self._windows[lane][1]))
+        while len(self._tables) > len(self._windows):
+            self._tables.popitem(last=False)
+        return positions, wanted
+
+    def _table(self, shard: int, pool: ThreadPoolExecutor) -> Future[MemberTable]:
+        if shard not in self._tables:
+            self._tables[shard] = pool.submit(
+                read_members, self._store, self._index, self._shard(shard)
+            )
+        self._tables.move_to_end(shard)
+        return self._tables[shard]
+
+    def _fetch(self, shard: int, window: int, table: Future[MemberTable]) -> tuple[bytes, int]:
+        first = window * self._order.window_rows
+        last = min(first + self._order.window_rows, self._shard(shard).num_samples)
+        start, end = row_span(table.result(), first, last, self._wanted(table.result()))
+        return self._store.read(self._url(shard), start, end), start
+
+    def _collect(
+        self,
+        positions: NDArray[np.int64],
+        wanted: list[tuple[int, int, Future[MemberTable], Future[tuple[bytes, int]]]],
+    ) -> Iterator[Sample]:
+        for position, (shard, row, table, content) in zip(positions, wanted, strict=True):
+            start: Sample = {
+                "__position__": int(position),
+                "__shard__": self._shard(shard).name,
+                "__row__": row,
+            }
+            try:
+                window, base = content.result()
+                members = table.result()
+                wanted_of_it = self._wanted(members)
+                read = member_sample(members, row, self._url(shard), window, base, wanted_of_it)
+            except BAD_SAMPLE_ERRORS as error:
+                if self._replace is None:
+                    raise
+                yield self._replace(start, error)
+            else:
+                yield start | read
+
+    def _wanted(self, table: MemberTable) -> Sequence[str]:
+        wanted = self._extensions
+        return table.extensions if wanted is None else [e for e in table.extensions if e in wanted]
+
+    def _shard(self, number: int) -> Shard:
+        return self._index.shards[number]
+
+    def _url(self, number: int) -> str:
+        return join(self._index.url, self._shard(number).name)
+
+
+def looking_ahead(items: Iterable[T], depth: int) -> Iterator[T]:
+    """The same items, each drawn from the source `depth` items before it is yielded."""
+    held: list[T] = []
+    for item in items:
+        held.append(item)
+        if len(held) > depth:
+            yield held.pop(0)
+    yield from held
