@@ -35,7 +35,7 @@ def test_tables_coefficient_and_weight_are_the_references(length, beta_start, ri
         (schedule.alpha_bar_prev_T, [expected.alpha_bar_before(t) for t in steps]),
     ):
         assert found.dtype == torch.float32
-        np.testing.assert_allclose(numbers(found), wanted, rtol=2e-6)
+        np.testing.assert_allclose(numbers(found), wanted, rtol=2e-5)
     # 1 - alpha-bar keeps 3 to 4 of float32's digits where beta is smallest.
     shift = schedule.shift_coefficient(t_B)
     assert shift.shape == (length, 1, 1, 1)
