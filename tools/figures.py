@@ -113,7 +113,7 @@ def _labelled_grid(
     num_rows, num_columns = grid.shape[:2]
     gaps = num_rows // gap_every - 1 if gap_every else 0
     figure = Figure(figsize=(8, 0.2 + (num_rows + 0.4 * gaps) * 6.2 / num_columns), dpi=130)
-    left, top = 0.2, 0.97 if titles else 1.0
+    left, top = 0.24, 0.97 if titles else 1.0
     cell_width = (1 - left) / num_columns
     cell_height = top / (num_rows + 0.4 * gaps)
     for row in range(num_rows):

@@ -47,12 +47,12 @@ class Interpolation:
 def reconstructions(model: DiTi, images_BCHW: Tensor) -> Reconstructions:
     """Each image, its noisy version, and the one-step estimates of backbone and DiTi.
 
-    At two time-steps of the trained range: a half and the last.
+    At two time-steps: a third and two thirds of the way through the trained range.
     """
     first, end = model.timesteps.trained_range
     z = encode(model, images_BCHW)
     columns, tiles = ["image"], [to_pixels(images_BCHW)]
-    for t in ((first + end) // 2, end - 1):
+    for t in (first + (end - first) // 3, first + 2 * (end - first) // 3):
         t_B, noise = _noise(model, images_BCHW, t)
         xt = model.schedule.add_noise(images_BCHW, t_B, noise)
         for name, estimate in zip(("backbone", "DiTi"), model.estimates(xt, t_B, z), strict=True):
