@@ -37,10 +37,25 @@ class GroupNorm(nn.GroupNorm):
             # torch 2.13 ends the process in the backward of a channels-last input that needs no
             # gradient; so this one, the backbone's, is normalised in the other layout.
             return to_fast_layout(super().forward(input.contiguous()))
+        if cpu_float32(input) and input.ndim == 4:
+            return super().forward(input - _group_means(input))
         if input.dtype == torch.float32 == self.weight.dtype:
             return super().forward(input)
         weight, bias = self.weight.float(), self.bias.float()
         return F.group_norm(input.float(), NUM_GROUPS, weight, bias, self.eps).to(input.dtype)
+
+
+@torch.no_grad()
+def _group_means(x_BCHW: Tensor) -> Tensor:
+    """Mean of each sample's group, (B, C, 1, 1).
+
+    PyTorch takes the variance of channels-last input as the mean square minus the squared mean,
+    which loses digits where the mean is large. Without its mean a group is normalised to the same,
+    so this is taken off first; no gradient goes through it, because what would is zero.
+    """
+    B, C, _, _ = x_BCHW.shape
+    groups_BGc = x_BCHW.mean(dim=(2, 3)).reshape(B, NUM_GROUPS, C // NUM_GROUPS)
+    return groups_BGc.mean(dim=2, keepdim=True).expand_as(groups_BGc).reshape(B, C, 1, 1)
 
 
 def _pointwise(x_BCHW: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain.layers import (
+    GroupNorm,
     PointwiseConv1d,
     PointwiseConv2d,
     UpsampledConv2d,
@@ -109,3 +110,20 @@ def test_a_channels_last_input_without_gradient_does_not_crash_the_normalisation
         check=False,
     )
     assert result.returncode == 0, f"exit code {result.returncode}\n{result.stderr}"
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("offset", [0.0, 3.0, 100.0])
+def test_group_norm_keeps_its_digits_far_from_zero_in_both_layouts(layout, offset: float):
+    x = torch.randn(2, 64, 8, 8, generator=torch.Generator().manual_seed(0)) + offset
+    layer = GroupNorm(64)
+    input = x.clone(memory_format=layout).requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    found, wanted = layer(input), F.group_norm(exact, 32, eps=1e-5)
+    weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(1))
+    (found * weights).sum().backward()
+    (wanted * weights).sum().backward()
+    assert input.grad is not None
+    assert exact.grad is not None
+    for ours, theirs in ((found, wanted), (input.grad, exact.grad)):
+        assert (ours.double() - theirs).norm() / theirs.norm() < 5e-7
