@@ -1,6 +1,8 @@
 """Image bytes -> square RGB pixels of one size. Every input is hostile."""
 
 import io
+import math
+import struct
 
 import numpy as np
 import simplejpeg
@@ -13,32 +15,88 @@ FORMATS = ("PNG", "WEBP", "GIF", "BMP")
 """What Pillow may open; other plug-ins are not for hostile bytes (EPS starts Ghostscript)."""
 
 
+_METADATA_BYTES = 65_536
+"""EXIF comes first in a JPEG, in a segment of at most this length."""
+_EXIF_MARKS = (b"Exif", b"eXIf", b"EXIF")
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
 class DecodeError(ValueError):
     """The bytes are not an image that can be used."""
 
 
 def decode_image(data: bytes, size_px: int) -> NDArray[np.uint8]:
-    """Decode, cut the centre square, resize; (size_px, size_px, 3) uint8 RGB.
+    """Decode, cut the centre square, resize, turn upright; (size_px, size_px, 3) uint8 RGB.
+
+    A JPEG of twice the size and more is decoded at a half, a quarter or an eighth of its scale.
 
     Raises:
         DecodeError: not an image, damaged, or more than MAX_PIXELS.
     """
-    pixels = _decode_jpeg(data) if data[:2] == b"\xff\xd8" else _decode_other(data)
-    height, width, _ = pixels.shape
-    if height == width == size_px:
-        return pixels
+    is_jpeg = data[:2] == b"\xff\xd8"
+    pixels, scale = _decode_jpeg(data, size_px) if is_jpeg else (_decode_other(data), 1.0)
+    square = _resized_square(pixels, size_px, scale)
+    metadata = data[:_METADATA_BYTES] if is_jpeg else data
+    return _upright(square, data) if any(mark in metadata for mark in _EXIF_MARKS) else square
+
+
+def _resized_square(pixels: NDArray[np.uint8], size_px: int, scale: float) -> NDArray[np.uint8]:
+    """The square that is the centre of the image before it was scaled, to whole pixels of that."""
+    height, width = (round(side / scale) for side in pixels.shape[:2])
     side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    square = Image.fromarray(pixels[top : top + side, left : left + side])
-    resized = square.resize((size_px, size_px), Image.Resampling.BILINEAR, reducing_gap=2.0)
+    top, left = (height - side) // 2 * scale, (width - side) // 2 * scale
+    first_row, first_column = math.floor(top), math.floor(left)
+    square = pixels[
+        first_row : math.ceil(top + side * scale), first_column : math.ceil(left + side * scale)
+    ]
+    if square.shape[:2] == (size_px, size_px):
+        return square
+    top, left = top - first_row, left - first_column
+    right, bottom = min(left + side * scale, square.shape[1]), min(top + side * scale, len(square))
+    resized = Image.fromarray(square).resize(
+        (size_px, size_px),
+        Image.Resampling.BILINEAR,
+        box=(left, top, right, bottom),
+        reducing_gap=2.0,
+    )
     return np.asarray(resized)
 
 
-def _decode_jpeg(data: bytes) -> NDArray[np.uint8]:
+def _upright(square: NDArray[np.uint8], data: bytes) -> NDArray[np.uint8]:
+    """Turned and mirrored as the EXIF orientation says; the centre square stays the centre."""
     try:
-        height, width, *_ = simplejpeg.decode_jpeg_header(data)
-        _check_size(int(width), int(height))
-        return simplejpeg.decode_jpeg(data, colorspace="RGB")
+        with Image.open(io.BytesIO(data), formats=("JPEG", *FORMATS)) as image:
+            turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    except (OSError, SyntaxError, ValueError, struct.error):
+        return square  # broken metadata around sound pixels
+    if turn is None:
+        return square
+    return np.asarray(Image.fromarray(square).transpose(turn))
+
+
+def _decode_jpeg(data: bytes, size_px: int) -> tuple[NDArray[np.uint8], float]:
+    """Its pixels, and their scale: 1, or the smallest of 1/2, 1/4 and 1/8 that is large enough."""
+    try:
+        height, width = (int(side) for side in simplejpeg.decode_jpeg_header(data)[:2])
+        _check_size(width, height)
+        shrunk = max((n for n in (1, 2, 4, 8) if min(height, width) >= n * size_px), default=1)
+        pixels = simplejpeg.decode_jpeg(
+            data,
+            colorspace="RGB",
+            min_height=-(-height // shrunk),
+            min_width=-(-width // shrunk),
+            min_factor=shrunk,
+        )
+        return pixels, 1 / shrunk
     except DecodeError:
         raise
     except ValueError as error:

@@ -12,7 +12,7 @@ import pytest
 import simplejpeg
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from data_pipelines import decoding
 from data_pipelines.decoding import DecodeError, decode_image
@@ -255,3 +255,39 @@ def test_a_damaged_png_header_with_a_valid_checksum_is_a_decode_error():
     short[11] = 12  # the header chunk ends one byte early
     with pytest.raises(DecodeError, match="no usable image"):
         decode_image(with_valid_checksums(bytes(short)), 16)
+
+
+# ------------------------------------------------------------------------------- large and turned
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_an_image_is_turned_upright_as_its_metadata_says(kind: str, orientation: int):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {} if kind == "PNG" else {"quality": 95}
+    data = encoded(QUADRANTS, kind, exif=exif, **options)
+    with Image.open(io.BytesIO(data)) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    assert np.abs(quadrants_of(decode_image(data, 48)) - quadrants_of(expected)).max() <= 6
+
+
+def test_broken_metadata_around_sound_pixels_does_no_harm():
+    data = encoded(QUADRANTS, "JPEG", quality=95)
+    broken = data[:2] + b"\xff\xe1\x00\x10Exif\0\0MM\0*\xff\xff" + b"\xff" * 4 + data[2:]
+    assert np.abs(quadrants_of(decode_image(broken[:], 48)) - COLOURS).max() <= 6
+
+
+@pytest.mark.parametrize(("width", "height"), [(1024, 512), (500, 900), (512, 512), (256, 300)])
+def test_a_large_jpeg_comes_out_as_if_all_of_it_had_been_decoded(width: int, height: int):
+    rows, columns = np.mgrid[0:height, 0:width]
+    waves = [127 + 120 * np.sin(columns / 40 + rows / (30 + 10 * c)) for c in range(3)]
+    image = Image.fromarray(np.stack(waves, axis=-1).astype(np.uint8))
+    data = encoded(image, "JPEG", quality=95)
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    square = image.crop((left, top, left + side, top + side))
+    reference = np.asarray(square.resize((64, 64), Image.Resampling.BILINEAR)).astype(int)
+    found = decode_image(data, 64).astype(int)
+    assert np.abs(found - reference).mean() < 2
+    assert np.abs(found - reference).max() < 12
