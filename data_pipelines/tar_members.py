@@ -7,6 +7,7 @@ WebDataset's own reader, ours does not need them side by side.
 import hashlib
 import io
 import mmap
+import re
 import tarfile
 import zlib
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 BLOCK_BYTES = 512
 """Members of a tar begin at multiples of this."""
 _END_OF_TAR = b"\0" * (2 * BLOCK_BYTES)
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _ABSENT = (-BLOCK_BYTES, 0, 0)
 
 Tar = bytes | mmap.mmap
@@ -87,6 +89,7 @@ def scan_tar(data: Tar, url: str) -> MemberTable:
                 key, extension = key_and_extension(member.name)
                 if not member.isfile() or not key:
                     continue
+                _check_name(member.name, url)
                 members = samples.setdefault(key, {})
                 if extension in members:
                     raise ShardMismatchError(
@@ -100,6 +103,15 @@ def scan_tar(data: Tar, url: str) -> MemberTable:
     except tarfile.TarError as error:
         raise ShardMismatchError(f"{url} is not a readable tar: {error}") from error
     return _member_table(samples)
+
+
+def _check_name(name: str, url: str) -> None:
+    """Keys end up in paths, tables and lines of text: they may not lead or break out of those."""
+    if name.startswith("/") or ".." in name.split("/") or _CONTROL.search(name):
+        raise ShardMismatchError(
+            f"{url}: member {name!r} has a name that is absolute, leads upwards or holds control "
+            f"characters; write the tar again with plain names"
+        )
 
 
 def key_and_extension(name: str) -> tuple[str, str]:

@@ -240,3 +240,11 @@ def test_a_sample_of_an_img2dataset_shard_takes_at_most_24_bytes():
     ]
     table = scan_tar(tar_of(members, tarfile.USTAR_FORMAT), "u")
     assert len(members_to_parquet(table, {})) / 2_000 <= 24
+
+
+@pytest.mark.parametrize(
+    "name", ["/etc/a.jpg", "../a.jpg", "x/../../a.jpg", "a\tb.jpg", "a\nb.jpg", "a\x1b[2J.jpg"]
+)
+def test_names_that_lead_or_break_out_are_refused(name: str):
+    with pytest.raises(ShardMismatchError, match=r"u: member .* has a name that is absolute, lead"):
+        scan_tar(tar_of([("good.jpg", b"1"), (name, b"2")]), "u")
