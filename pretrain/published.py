@@ -14,6 +14,7 @@ in a file is ever executed. What follows from shapes is taken from shapes; the r
 
 import logging
 import pickle
+import re
 import struct
 import tempfile
 import warnings
@@ -33,6 +34,7 @@ from configs.schema import (
     EncoderConfig,
     PublishedPartition,
     ScheduleConfig,
+    TimestepsConfig,
     UNetConfig,
 )
 from data_pipelines.local_files import sha256_of
@@ -78,6 +80,8 @@ _FROZEN = ("time_embed.", "input_blocks.", "middle_block.", "output_blocks.", "o
 _AUTHORS_DROPOUT = 0.1
 Module = TypeVar("Module", bound=nn.Module)
 _LOG = logging.getLogger(__name__)
+# Both wordings of PyTorch: of names it does not know, and of modules it blocks.
+_GLOBAL_ASKED_FOR = re.compile(r"(?i)unsupported global:? (?:global )?([\w.]+)")
 
 
 class PublishedCheckpointError(ValueError):
@@ -148,6 +152,7 @@ class AuthorsCheckpoint:
             encoder=self.encoder_config,
             partition=self.partition_config,
             mode=self.mode,
+            timesteps=TimestepsConfig(edges=(0, self.schedule.num_timesteps)),
         )
 
     def build_backbone(self) -> Backbone:
@@ -410,8 +415,8 @@ def _read_weights_only(path: Path) -> Any:
                 path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
             )
     except pickle.UnpicklingError as error:
-        asked = str(error).partition("Unsupported global: GLOBAL ")[2].split(" ")[0]
-        if asked:
+        if found := _GLOBAL_ASKED_FOR.search(str(error)):
+            asked = found[1].rstrip(".")
             raise LayoutError(
                 f"it would run code when it is loaded (it asks for {asked}), so it is not; get a "
                 f"file that holds tensors and plain values only"
@@ -493,6 +498,11 @@ def _unwrapped(name: str) -> str:
 
 def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """float32 copies that no longer lean on the file."""
+    if broken := sorted(name for name, tensor in state.items() if not tensor.isfinite().all()):
+        raise LayoutError(
+            f"it holds numbers that are NaN or infinite: {first_few(broken)}; take a checkpoint "
+            f"from before its training went wrong"
+        )
     return {
         name: tensor.detach().to(torch.float32, copy=True).contiguous()
         for name, tensor in state.items()

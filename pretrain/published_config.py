@@ -62,8 +62,8 @@ class PublishedConfig:
     def value(self, section: str, key: str) -> Any:
         """The value, or None when it, or its section, is not there."""
         inside = self.values.get(section)
-        if inside is None:
-            return None
+        if inside is None:  # some write the cut's own keys without their section
+            return self.values.get(key) if section == "ssl_config" else None
         if not isinstance(inside, Mapping):
             raise LayoutError(f"{self.where(section)}: {section} must be a section, got {inside!r}")
         return inside.get(key)
@@ -153,12 +153,16 @@ def read_config(
 def check_unet(config: PublishedConfig, fields: Mapping[str, Any]) -> None:
     """Refuse a config that describes another U-Net than `fields`, which the shapes gave."""
     for theirs, ours in _UNET_FIELDS.items():
-        said = config.value("denoise_fn_config", theirs)
-        said = tuple(said) if isinstance(said, list) else said
+        if theirs == "channel_multiplier":
+            said = config.wholes("denoise_fn_config", theirs)
+        else:
+            said = config.value("denoise_fn_config", theirs)
         _check_same(config, "denoise_fn_config", theirs, said, fields[ours])
     said = config.wholes("denoise_fn_config", "attention_resolutions")
-    if said is not None:
-        said = tuple(sorted(set(said)))
+    if said is not None:  # a factor that the U-Net does not come down to changes nothing
+        deepest = 2 ** (len(fields["channel_multipliers"]) - 1)
+        there = tuple(sorted({factor for factor in said if factor <= deepest}))
+        said = there if there == fields["attention_factors"] else tuple(sorted(set(said)))
     _check_same(
         config,
         "denoise_fn_config",
@@ -278,7 +282,7 @@ def find_partition(
         )
     if num_subsets is None or find_mode(config)[0] == "no_pdae":
         one = _partition(1, latent_dim, num_timesteps, None, None)
-        return one, config.name if config.source else DEFAULT
+        return one, DEFAULT if num_subsets is None else config.name
     ends, dims = config.wholes(section, "stages"), config.wholes(section, "dims_per_stage")
     if dims is not None and sum(dims) != latent_dim:
         raise LayoutError(

@@ -39,11 +39,13 @@ def time_grid(start: int, steps: int) -> list[int]:
 
 def decode_walk(schedule: NoiseSchedule, start: int, steps: int) -> Walk:
     """From x_t at t = `start` to x_0."""
+    _check_timestep(schedule, start)
     return [(t, _alpha_bar(schedule, after)) for t, after in pairwise(time_grid(start, steps))]
 
 
 def encode_walk(schedule: NoiseSchedule, end: int, steps: int) -> Walk:
     """From x_0 to x_t at t = `end`; x_0 itself is looked at as x_t at t = 0."""
+    _check_timestep(schedule, end)
     grid = time_grid(end, steps)[::-1]
     return [(max(t, 0), _alpha_bar(schedule, after)) for t, after in pairwise(grid)]
 
@@ -53,6 +55,7 @@ def published_walk(schedule: NoiseSchedule, steps: int, *, encode: bool = False)
 
     It has more than `steps` steps where `steps` does not divide T.
     """
+    _check_steps(schedule, steps)
     grid = list(range(0, schedule.num_timesteps, schedule.num_timesteps // steps))
     bars = [_alpha_bar(schedule, t) for t in grid]
     if encode:
@@ -62,6 +65,7 @@ def published_walk(schedule: NoiseSchedule, steps: int, *, encode: bool = False)
 
 def pdae_walk(schedule: NoiseSchedule, steps: int, *, encode: bool = False) -> Walk:
     """PDAE's published grid: int(linspace(0, T-1, S+1)); decoding stops at alpha-bar_0."""
+    _check_steps(schedule, steps)
     # In exact arithmetic 16 of the numbers of steps below 1000 would give another grid.
     grid = np.linspace(0, schedule.num_timesteps - 1, steps + 1).astype(int).tolist()
     pairs = pairwise(grid if encode else grid[::-1])
@@ -86,7 +90,12 @@ def ddim_walk(
     Args:
         eta: share of DDPM's fresh noise that is added at every step; 0 is deterministic DDIM.
         seed: of that noise.
+
+    Raises:
+        ValueError: fresh noise is asked for on a walk to more noise.
     """
+    if eta and any(signal < schedule.alpha_bar_T[t] for t, signal in walk):
+        raise ValueError(f"eta = {eta:g} adds fresh noise, which only a walk to less noise can")
     generator = torch.Generator().manual_seed(seed)
     x = x_BCHW
     for t, signal in walk:
@@ -196,8 +205,20 @@ def move_along(
         for subset in subsets:
             kept[slice(*subset.dims)] = 1
         direction_D = direction_D * kept
+    if not direction_D.any():
+        raise ValueError("the direction is zero in the dimensions of these subsets")
     step_D = scale * math.sqrt(len(direction_D)) * direction_D / direction_D.norm()
     return mean_D + std_D * ((z_BD - mean_D) / std_D + step_D)
+
+
+def _check_timestep(schedule: NoiseSchedule, t: int) -> None:
+    if not 0 <= t < schedule.num_timesteps:
+        raise ValueError(f"t must be from 0 to {schedule.num_timesteps - 1}, got {t}")
+
+
+def _check_steps(schedule: NoiseSchedule, steps: int) -> None:
+    if not 1 <= steps <= schedule.num_timesteps:
+        raise ValueError(f"there are 1 to {schedule.num_timesteps} steps, got {steps}")
 
 
 def _alpha_bar(schedule: NoiseSchedule, t: int) -> float:

@@ -1,6 +1,7 @@
 """Published checkpoints: read exactly or refused, by name and with a remedy; never executed."""
 
 import json
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -635,3 +636,59 @@ def test_a_resnet10_is_refused_because_its_layers_names_are_not_known(
     content["ema_encoder"] = {f"{prefix}{n}": t for n, t in ResNet10().state_dict().items()}
     path = write_run(tmp_path, content)
     refused(path, "BatchNorm", "bn1.running_mean", "ResNet10", "Only the convolutional")
+
+
+class _Shell:
+    """The classic: unpickled, it runs a command."""
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return os.system, ("exit 0",)
+
+
+def test_a_file_that_would_run_a_command_is_called_that(tmp_path: Path) -> None:
+    torch.save({"ema_denoise_fn": _Shell()}, tmp_path / "latest.pt")
+    assert "it would run code" in refused(tmp_path / "latest.pt", "system), so it is not")
+
+
+def test_numbers_that_are_none_are_refused_by_name(tmp_path: Path) -> None:
+    state = dict(denoiser_state())
+    state["out.2.bias"] = torch.full_like(state["out.2.bias"], torch.nan)
+    refused(write_denoiser(tmp_path, state), "NaN or infinite: out.2.bias")
+
+
+# ---------------------------------------------------------------------- other runs than the usual
+
+
+def test_a_run_of_another_length_is_built_and_trained_on_all_its_timesteps(tmp_path: Path) -> None:
+    config = changed(RUN_CONFIG, "diffusion_config", timesteps=500)
+    config = changed(config, "ssl_config", stages="200,500")
+    model, task = load_published_diti(write_run(tmp_path, config=config))
+    assert model.schedule.num_timesteps == model.partition.num_timesteps == 500
+    assert task.timesteps.edges == (0, 500)
+    assert model.timesteps.trained_range == (0, 500)
+
+
+def test_the_cut_may_stand_at_the_top_level_of_a_config(tmp_path: Path) -> None:
+    content = {name: value for name, value in run_content().items() if name != "ssl_model"}
+    inside = RUN_CONFIG["ssl_config"]
+    config = {k: v for k, v in RUN_CONFIG.items() if k != "ssl_config"} | inside
+    found = load_authors_checkpoint(write_run(tmp_path, content), config=config)
+    assert found.kind == "diti"
+    assert found.partition is not None
+    assert found.partition.num_subsets == inside["k"]
+
+
+def test_weights_without_a_cut_are_pdaes_which_is_called_a_default(tmp_path: Path) -> None:
+    content = {name: value for name, value in run_content().items() if name != "ssl_model"}
+    config = {k: v for k, v in RUN_CONFIG.items() if k != "ssl_config"}
+    found = load_authors_checkpoint(write_run(tmp_path, content), config=config)
+    assert found.kind == "pdae"
+    assert found.origins["partition"] == "default of the published recipe"
+
+
+def test_attention_at_a_depth_that_the_network_lacks_changes_nothing(tmp_path: Path) -> None:
+    path = write_denoiser(tmp_path)
+    plain = load_authors_checkpoint(path)
+    deeper = changed(DENOISER_CONFIG, "denoise_fn_config", attention_resolutions="2,4,8")
+    deeper = changed(deeper, "denoise_fn_config", channel_multiplier="1,2")
+    assert load_authors_checkpoint(path, config=deeper).unet == plain.unet

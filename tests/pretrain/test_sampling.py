@@ -336,3 +336,25 @@ def test_a_move_is_so_many_standard_deviations_along_the_direction():
         subsets=PARTITION.select(0, 10),
     )
     assert (inside != mean).tolist() == [[True] * 2 + [False] * 7]
+
+
+def test_steps_timesteps_and_directions_that_cannot_be_are_refused():
+    schedule = make_schedule(ScheduleConfig())
+    x = torch.zeros(1, 3, 4, 4)
+
+    def estimate(x: Tensor, t: Tensor) -> Tensor:
+        return x
+
+    for walk in (published_walk, pdae_walk):
+        for steps in (0, 2000):
+            with pytest.raises(ValueError, match=f"1 to 1000 steps, got {steps}"):
+                walk(schedule, steps)
+    with pytest.raises(ValueError, match="t must be from 0 to 999, got 2000"):
+        ddim_sample(schedule, estimate, x, start=2000, steps=10)
+    with pytest.raises(ValueError, match="t must be from 0 to 999, got 1000"):
+        ddim_encode(schedule, estimate, x, end=1000, steps=10)
+    with pytest.raises(ValueError, match="only a walk to less noise"):
+        ddim_walk(schedule, estimate, x, published_walk(schedule, 10, encode=True), eta=0.5)
+    ones = torch.ones(4)
+    with pytest.raises(ValueError, match="direction is zero"):
+        move_along(ones[None], torch.zeros(4), 1.0, mean_D=ones, std_D=ones)
