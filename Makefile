@@ -17,7 +17,7 @@ setup: .venv/.complete
 .venv/.complete: requirements.lock pyproject.toml
 	@test -n "$(PYTHON)" && $(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
 	  { echo "make: Python 3.11 is needed, found: $$($(PYTHON) --version 2>&1). Install it (Debian, Ubuntu: apt install python3.11 python3.11-venv) or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 2; }
-	@echo "setting up .venv (2.7 GB, a few minutes)"
+	@echo "setting up .venv (2.7 GB, or 6.2 GB where pip takes the CUDA torch; a few minutes)"
 	@$(PYTHON) -m venv .venv || \
 	  { echo "make: this Python cannot make virtual environments. Install its venv module (Debian, Ubuntu: apt install python3.11-venv)."; exit 2; }
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
