@@ -23,7 +23,7 @@ from ray.exceptions import RayError
 from cluster.coordinator import Work, start_coordinator
 from cluster.leases import QueueState
 from cluster.session import last_line, ray_session, result_of
-from cluster.work import wait_for, work_off
+from cluster.work import run_workers, work_off
 from data_pipelines.feature_part import FeatureColumn, PartInfo, encode_part, part_moments
 from data_pipelines.feature_store import FeatureManifest, part_name, publish_manifest
 from data_pipelines.object_store import AlreadyExistsError, ObjectStore, StoreError, absolute, join
@@ -82,21 +82,14 @@ def export_features(
     with ray_session(num_cpus=num_workers):
         name = f"export-{uuid.uuid4().hex[:8]}"
         coordinator = start_coordinator(name, store, shards_url, work)
-        workers = [_start_worker(store, load, trained.sha256) for _ in range(num_workers)]
+        workers = [_start_worker(store, load, trained.sha256, work) for _ in range(num_workers)]
         try:
-            running = [
-                worker.work.remote(f"worker-{number}", coordinator, work)
-                for number, worker in enumerate(workers)
-            ]
-            state = wait_for(running, coordinator, on_progress)
+            state, _ = run_workers(workers, coordinator, on_progress)
         except (StoreError, RayError) as error:
             raise ExportFailedError(
                 f"export into {out_url} stopped: {last_line(error)}. Finished parts are kept; run "
                 f"the same command again to go on."
             ) from error
-        finally:
-            for actor in (*workers, coordinator):
-                ray.kill(actor)
     if state.failures:
         causes = "; ".join(f"{stem}: {reason}" for stem, reason in sorted(state.failures.items()))
         raise ExportFailedError(
@@ -192,9 +185,10 @@ def _choose_encoder(
 class _ExportWorker:
     """Loads the encoder once, then works until nothing is left to lease."""
 
-    def __init__(self, store: ObjectStore, load: EncoderLoader, sha256: str) -> None:
+    def __init__(self, store: ObjectStore, load: EncoderLoader, sha256: str, work: Work) -> None:
         torch.set_num_threads(1)
         self._store = store
+        self._work = work
         self._trained = load(store=store)
         if self._trained.sha256 != sha256:
             raise ValueError(
@@ -202,20 +196,20 @@ class _ExportWorker:
                 f"SHA-256 {self._trained.sha256}, not {sha256}; export a file that stays as it is"
             )
 
-    def work(self, name: str, coordinator: Any, work: Work) -> None:
+    def work(self, name: str, coordinator: Any) -> None:
         index: ShardIndex = result_of(coordinator.index.remote())
         shards = {shard.name.removesuffix(".tar"): shard for shard in index.shards}
 
         def export(stem: str) -> None:
             part = encode_shard(self._store, self._trained, index, shards[stem])
-            self._store.write(work.result_url(stem), part)
+            self._store.write(self._work.result_url(stem), part)
 
         work_off(name, coordinator, export)
 
 
-def _start_worker(store: ObjectStore, load: EncoderLoader, sha256: str) -> Any:
+def _start_worker(store: ObjectStore, load: EncoderLoader, sha256: str, work: Work) -> Any:
     actor: Any = ray.remote(num_cpus=1, max_restarts=3, max_task_retries=3)(_ExportWorker)
-    return actor.remote(store, load, sha256)
+    return actor.remote(store, load, sha256, work)
 
 
 @torch.inference_mode()

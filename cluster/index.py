@@ -6,13 +6,11 @@ on where it was, and a tar that was replaced since is read again. The index is w
 
 import hashlib
 import mmap
-import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -21,8 +19,8 @@ from ray.exceptions import RayError
 
 from cluster.coordinator import Work, start_coordinator
 from cluster.leases import QueueState
-from cluster.session import last_line, ray_session, result_of
-from cluster.work import wait_for, work_off
+from cluster.session import last_line, ray_session
+from cluster.work import run_workers, work_off
 from data_pipelines.object_store import (
     ObjectInfo,
     ObjectMissingError,
@@ -32,11 +30,11 @@ from data_pipelines.object_store import (
     join,
 )
 from data_pipelines.shard_index import (
-    MEMBERS_SUFFIX,
     Shard,
     ShardIndex,
     changed_shards,
     index_shard,
+    members_name,
     read_members,
     shard_of_members,
     write_index,
@@ -152,20 +150,12 @@ def _on_workers(
         actor: Any = ray.remote(num_cpus=1, max_restarts=3, max_task_retries=3)(_Worker)
         workers = [actor.remote(store, url, task) for _ in range(min(num_workers, len(names)))]
         try:
-            running = [
-                worker.work.remote(f"worker-{number}", coordinator)
-                for number, worker in enumerate(workers)
-            ]
-            state = wait_for(running, coordinator, on_progress)
-            results = result_of(coordinator.results.remote())
+            state, results = run_workers(workers, coordinator, on_progress)
         except (StoreError, RayError) as error:
             raise IndexingFailedError(
                 f"work on {url} stopped: {last_line(error)}. What is done is kept; run the same "
                 f"command again to go on."
             ) from error
-        finally:
-            for handle in (*workers, coordinator):
-                ray.kill(handle)
     if state.failures:
         name, reason = next(iter(sorted(state.failures.items())))
         raise IndexingFailedError(
@@ -188,7 +178,7 @@ def _index_one(store: ObjectStore, url: str, name: str) -> Indexed:
     if (known := _known_line(store, url, name, info)) is not None:
         return known
     try:
-        with _mapped(store, info) as tar:
+        with _mapped(store, info.url) as tar:
             shard, interleaved = index_shard(store, url, name, tar, info.etag)
     except ShardMismatchError as error:
         return Indexed(None, problem=str(error))
@@ -198,7 +188,7 @@ def _index_one(store: ObjectStore, url: str, name: str) -> Indexed:
 def _known_line(store: ObjectStore, url: str, name: str, info: ObjectInfo) -> Indexed | None:
     """What an earlier indexing of the same tar found. Local files have no ETag: read again."""
     try:
-        data = store.read(join(url, name.removesuffix(".tar") + MEMBERS_SUFFIX))
+        data = store.read(join(url, members_name(name)))
         shard, interleaved = shard_of_members(data)
     except (ObjectMissingError, pa.ArrowException, KeyError, ValueError):
         return None
@@ -213,7 +203,7 @@ def _verify_one(shards: dict[str, Shard], store: ObjectStore, url: str, name: st
         table = read_members(store, ShardIndex(url, [shard]), shard)
     except (ShardMismatchError, ObjectMissingError) as error:
         return f"has no usable member table ({error})"
-    with _mapped(store, store.stat(join(url, name))) as tar:
+    with _mapped(store, join(url, name)) as tar:
         if hashlib.sha256(tar).hexdigest() == shard.sha256:
             return ""
         try:
@@ -224,29 +214,27 @@ def _verify_one(shards: dict[str, Shard], store: ObjectStore, url: str, name: st
 
 def _difference(before: MemberTable, now: MemberTable) -> str:
     """In what a tar's samples differ from those that were indexed."""
-    lost = [key for key in before.keys if key not in set(now.keys)]
-    new = [key for key in now.keys if key not in set(before.keys)]
+    lost, new = set(before.keys) - set(now.keys), set(now.keys) - set(before.keys)
     if lost or new:
         return f"was replaced: {len(lost)} samples are gone, {len(new)} are new"
+    row_now = {key: row for row, key in enumerate(now.keys)}
     changed = [
         f"{key}.{extension}"
         for extension in before.extensions
         for row, key in enumerate(before.keys)
         if extension not in now.crc32s
-        or before.crc32s[extension][row] != now.crc32s[extension][now.keys.index(key)]
+        or before.crc32s[extension][row] != now.crc32s[extension][row_now[key]]
     ]
     first = f", first {changed[0]}" if changed else ""
     return f"was replaced: {len(changed)} members have other content{first}"
 
 
 @contextmanager
-def _mapped(store: ObjectStore, info: ObjectInfo) -> Iterator[Tar]:
-    """A tar's bytes, however large: fetched to scratch and mapped, not held in memory."""
-    with tempfile.TemporaryDirectory(prefix="diti-index-") as folder:
-        path = Path(folder) / "shard.tar"
-        store.download(info.url, path)
-        if not info.size_bytes:
+def _mapped(store: ObjectStore, url: str) -> Iterator[Tar]:
+    """A tar's bytes, however large: mapped from a local copy, not held in memory."""
+    with store.local_copy(url) as path, path.open("rb") as file:
+        if not path.stat().st_size:
             yield b""
             return
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as tar:
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as tar:
             yield tar

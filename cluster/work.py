@@ -38,16 +38,32 @@ def work_off(worker: str, coordinator: Any, do: Callable[[str], Any]) -> None:
             result_of(coordinator.finish.remote(item, result))
 
 
-def wait_for(
-    running: Sequence[Any], coordinator: Any, on_progress: Callable[[QueueState], None]
-) -> QueueState:
-    """Wait for the workers' `work_off`, telling the state of the queue about every second."""
-    left = list(running)
-    while left:
-        finished, left = ray.wait(left, num_returns=len(left), timeout=1.0)
-        result_of(finished)
-        on_progress(result_of(coordinator.work_state.remote()))
-    return result_of(coordinator.work_state.remote())
+def run_workers(
+    workers: Sequence[Any], coordinator: Any, on_progress: Callable[[QueueState], None]
+) -> tuple[QueueState, dict[str, Any]]:
+    """Have actors work until the queue is finished, then end them and the coordinator.
+
+    Args:
+        workers: handles of actors whose `work(name, coordinator)` calls `work_off`.
+        on_progress: told the state of the queue about every second.
+
+    Returns:
+        The last state, and what the workers returned for each finished item.
+    """
+    try:
+        running = [
+            worker.work.remote(f"worker-{number}", coordinator)
+            for number, worker in enumerate(workers)
+        ]
+        while running:
+            finished, running = ray.wait(running, num_returns=len(running), timeout=1.0)
+            result_of(finished)
+            on_progress(result_of(coordinator.work_state.remote()))
+        state = result_of(coordinator.work_state.remote())
+        return state, result_of(coordinator.results.remote())
+    finally:
+        for actor in (*workers, coordinator):
+            ray.kill(actor)
 
 
 @contextmanager

@@ -37,31 +37,40 @@ def _without_credentials(url: str) -> str:
     return url
 
 
-def _a_url(url: str) -> str:
-    if not re.fullmatch(r"s3://[^/]+/.+|file:///.+|[^:]+", url):
-        raise ValueError(f"must be s3://BUCKET/PREFIX, a local path or file:///PATH, got {url!r}")
-    return url
+def _matching(pattern: str, rule: str) -> AfterValidator:
+    """Text of a form that a person is told in words, not as a pattern."""
+
+    def check(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(f"{rule}; got {text!r}")
+        return text
+
+    return AfterValidator(check)
 
 
-def _a_name(name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise ValueError(
-            f"must be letters, digits, dots, dashes and underscores, and begin with a letter or "
-            f"digit, because it names a folder; got {name!r}"
-        )
-    return name
-
-
-def _a_sha256(digest: str) -> str:
-    if not re.fullmatch(r"[0-9a-f]{64}", digest):
-        raise ValueError(
-            f"must be 64 hexadecimal digits in lower case, as `sha256sum FILE` prints them; "
-            f"got {digest!r}"
-        )
-    return digest
-
-
-Url = Annotated[str, AfterValidator(_without_credentials), AfterValidator(_a_url)]
+Name = Annotated[
+    str,
+    _matching(
+        r"[A-Za-z0-9][A-Za-z0-9._-]*",
+        "must be letters, digits, dots, dashes and underscores, and begin with a letter or digit, "
+        "because it names a folder",
+    ),
+]
+Sha256 = Annotated[
+    str,
+    _matching(
+        r"[0-9a-f]{64}",
+        "must be 64 hexadecimal digits in lower case, as `sha256sum FILE` prints them",
+    ),
+]
+Url = Annotated[
+    str,
+    AfterValidator(_without_credentials),
+    _matching(
+        r"s3://[^/]+/.+|file:///.+|[^:]+",
+        "must be s3://BUCKET/PREFIX, a local path or file:///PATH",
+    ),
+]
 
 
 def _check_rising(name: str, values: Sequence[float]) -> None:
@@ -193,7 +202,7 @@ class BackboneConfig(Section):
 
     weights: Url
     """safetensors file with its JSON card beside it, or `builtin/NAME` for a packaged one."""
-    sha256: Annotated[str, AfterValidator(_a_sha256)]
+    sha256: Sha256
     """SHA-256 of the safetensors file; a file with another hash is refused."""
 
 
@@ -482,7 +491,7 @@ class WandbConfig(Section):
 class RunConfig(Section):
     """A whole run."""
 
-    name: Annotated[str, AfterValidator(_a_name)]
+    name: Name
     """Names the run in storage and in wandb: letters, digits, dot, dash, underscore."""
     output: Url
     """Folder for checkpoints and logs; the run's own folder is output/name."""

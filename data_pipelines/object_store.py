@@ -12,10 +12,11 @@ import io
 import os
 import re
 import shutil
+import tempfile
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -202,6 +203,18 @@ class ObjectStore:
             arrived = os.fstat(file.fileno()).st_size
             if arrived != info.size_bytes:
                 raise StoreError(f"{url} has {info.size_bytes} bytes, but {arrived} arrived")
+
+    @contextmanager
+    def local_copy(self, url: str) -> Iterator[Path]:
+        """The file itself when it is local, else a copy that lasts as long as the block."""
+        self.stat(url)
+        if (path := _local_path(url)) is not None:
+            yield path
+            return
+        with tempfile.TemporaryDirectory(prefix="diti-") as folder:
+            copy = Path(folder, "copy")
+            self.download(url, copy)
+            yield copy
 
     def delete(self, url: str) -> None:
         """Remove the object; a missing one is no error."""

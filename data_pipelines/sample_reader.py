@@ -21,7 +21,7 @@ from data_pipelines.bad_samples import (
     candidates,
     cause_of,
 )
-from data_pipelines.object_store import ObjectStore, join
+from data_pipelines.object_store import ObjectStore
 from data_pipelines.sample_order import SampleOrder
 from data_pipelines.shard_index import Shard, ShardIndex, read_members
 from data_pipelines.tar_members import MemberTable, ShardMismatchError, row_span
@@ -63,7 +63,7 @@ def read_shard(store: ObjectStore, index: ShardIndex, shard: Shard) -> list[Samp
     Raises:
         ShardMismatchError: the tar is not the one that was indexed.
     """
-    url = join(index.url, shard.name)
+    url = index.url_of(shard)
     table, tar = read_members(store, index, shard), store.read(url)
     return [
         member_sample(table, row, url, tar, 0, table.extensions) for row in range(shard.num_samples)
@@ -71,15 +71,14 @@ def read_shard(store: ObjectStore, index: ShardIndex, shard: Shard) -> list[Samp
 
 
 def read_sample(
-    store: ObjectStore, index: ShardIndex, shard: Shard, row: int, extensions: Sequence[str]
+    store: ObjectStore, url: str, table: MemberTable, row: int, extensions: Sequence[str]
 ) -> Sample:
-    """One raw sample, with those of its members that have one of these extensions.
+    """One raw sample of the tar at `url`, with those of its members that have these extensions.
 
     Raises:
         ShardMismatchError, StoreError: it cannot be read, or is not what was indexed.
     """
-    url, table = join(index.url, shard.name), read_members(store, index, shard)
-    wanted = [extension for extension in table.extensions if extension in extensions]
+    wanted = table.those_of(extensions)
     start, end = row_span(table, row, row + 1, wanted)
     return member_sample(table, row, url, store.read(url, start, end), start, wanted)
 
@@ -100,16 +99,20 @@ class Substitutes:
         """Raises TooManyBadSamplesError after MAX_CANDIDATES, and errors that are no sample's."""
         position = bad["__position__"]
         letters = (*bad.get("__letters__", ()), _dead_letter(bad, error))
-        for shard, row in islice(candidates(self._order, position), len(letters), None):
+        for number, row in islice(candidates(self._order, position), len(letters), None):
+            shard = self._index.shards[number]
             start: Sample = {
                 "__position__": position,
                 "__letters__": letters,
-                "__shard__": self._index.shards[shard].name,
+                "__shard__": shard.name,
                 "__row__": row,
             }
             try:
-                found = self._index.shards[shard]
-                return start | read_sample(self._store, self._index, found, row, self._extensions)
+                url, table = (
+                    self._index.url_of(shard),
+                    read_members(self._store, self._index, shard),
+                )
+                return start | read_sample(self._store, url, table, row, self._extensions)
             except BAD_SAMPLE_ERRORS as another:
                 letters = (*letters, _dead_letter(start, another))
         raise TooManyBadSamplesError(
@@ -188,49 +191,41 @@ class PositionedSamples:
     def _table(self, shard: int, pool: ThreadPoolExecutor) -> Future[MemberTable]:
         if shard not in self._tables:
             self._tables[shard] = pool.submit(
-                read_members, self._store, self._index, self._shard(shard)
+                read_members, self._store, self._index, self._index.shards[shard]
             )
         self._tables.move_to_end(shard)
         return self._tables[shard]
 
-    def _fetch(self, shard: int, window: int, table: Future[MemberTable]) -> tuple[bytes, int]:
+    def _fetch(self, number: int, window: int, table: Future[MemberTable]) -> tuple[bytes, int]:
+        shard, members = self._index.shards[number], table.result()
         first = window * self._order.window_rows
-        last = min(first + self._order.window_rows, self._shard(shard).num_samples)
-        start, end = row_span(table.result(), first, last, self._wanted(table.result()))
-        return self._store.read(self._url(shard), start, end), start
+        last = min(first + self._order.window_rows, shard.num_samples)
+        start, end = row_span(members, first, last, members.those_of(self._extensions))
+        return self._store.read(self._index.url_of(shard), start, end), start
 
     def _collect(
         self,
         positions: NDArray[np.int64],
         wanted: list[tuple[int, int, Future[MemberTable], Future[tuple[bytes, int]]]],
     ) -> Iterator[Sample]:
-        for position, (shard, row, table, content) in zip(positions, wanted, strict=True):
+        for position, (number, row, table, content) in zip(positions, wanted, strict=True):
+            shard = self._index.shards[number]
             start: Sample = {
                 "__position__": int(position),
-                "__shard__": self._shard(shard).name,
+                "__shard__": shard.name,
                 "__row__": row,
             }
             try:
                 window, base = content.result()
-                members = table.result()
-                wanted_of_it = self._wanted(members)
-                read = member_sample(members, row, self._url(shard), window, base, wanted_of_it)
+                members, url = table.result(), self._index.url_of(shard)
+                extensions = members.those_of(self._extensions)
+                read = member_sample(members, row, url, window, base, extensions)
             except BAD_SAMPLE_ERRORS as error:
                 if self._replace is None:
                     raise
                 yield self._replace(start, error)
             else:
                 yield start | read
-
-    def _wanted(self, table: MemberTable) -> Sequence[str]:
-        wanted = self._extensions
-        return table.extensions if wanted is None else [e for e in table.extensions if e in wanted]
-
-    def _shard(self, number: int) -> Shard:
-        return self._index.shards[number]
-
-    def _url(self, number: int) -> str:
-        return join(self._index.url, self._shard(number).name)
 
 
 def looking_ahead(items: Iterable[T], depth: int) -> Iterator[T]:

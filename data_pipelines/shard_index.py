@@ -10,9 +10,9 @@ check what arrives, so a tar that was cut, replaced or removed is a named error,
 
 import hashlib
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
@@ -31,7 +31,6 @@ from data_pipelines.tar_members import (
 )
 
 INDEX_NAME = "index.parquet"
-MEMBERS_SUFFIX = ".members.parquet"
 _SCHEMA = pa.schema(
     [
         ("name", pa.string()),
@@ -58,7 +57,12 @@ class Shard:
 
     @property
     def members_name(self) -> str:
-        return self.name.removesuffix(".tar") + MEMBERS_SUFFIX
+        return members_name(self.name)
+
+
+def members_name(tar_name: str) -> str:
+    """Name of the member table that belongs to a tar."""
+    return tar_name.removesuffix(".tar") + ".members.parquet"
 
 
 class ShardIndex:
@@ -83,6 +87,9 @@ class ShardIndex:
     @property
     def shards(self) -> "ShardRows":
         return ShardRows(self.table)
+
+    def url_of(self, shard: Shard) -> str:
+        return join(self.url, shard.name)
 
     @property
     def sizes(self) -> NDArray[np.int64]:
@@ -121,20 +128,22 @@ class ShardRows(Sequence[Shard]):
     def __getitem__(self, number: int | slice) -> Shard | list[Shard]:
         if isinstance(number, slice):
             return [self[n] for n in range(*number.indices(len(self)))]
-        name, size_bytes, etag, sha256, num_samples, members = (
-            column[number].as_py() for column in self._columns
-        )
-        return Shard(name, size_bytes, etag, sha256.hex(), num_samples, members.hex())
+        return _shard_of(column[number].as_py() for column in self._columns)
 
     def __iter__(self) -> Iterator[Shard]:
-        for values in zip(*(column.to_pylist() for column in self._columns), strict=True):
-            name, size_bytes, etag, sha256, num_samples, members = values
-            yield Shard(name, size_bytes, etag, sha256.hex(), num_samples, members.hex())
+        lists = (column.to_pylist() for column in self._columns)
+        return map(_shard_of, zip(*lists, strict=True))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ShardRows) and list(self) == list(other)
 
     __hash__ = None  # pyright: ignore[reportAssignmentType]
+
+
+def _shard_of(values: Iterable[Any]) -> Shard:
+    """A row of the table, whose digests are bytes."""
+    name, size_bytes, etag, sha256, num_samples, members_sha256 = values
+    return Shard(name, size_bytes, etag, sha256.hex(), num_samples, members_sha256.hex())
 
 
 def _table_of(shards: Iterable[Shard]) -> pa.Table:
@@ -153,7 +162,7 @@ def publish_shard(store: ObjectStore, url: str, name: str, tar: bytes) -> Shard:
     """
     table = _samples_of(tar, join(url, name))
     info = store.write(join(url, name), tar)
-    return _publish_members(store, url, name, tar, info.etag, table)
+    return _publish_members(store, url, name, tar, info.etag, table)[0]
 
 
 def index_shard(store: ObjectStore, url: str, name: str, tar: Tar, etag: str) -> tuple[Shard, int]:
@@ -164,13 +173,12 @@ def index_shard(store: ObjectStore, url: str, name: str, tar: Tar, etag: str) ->
     Raises:
         ShardMismatchError: the tar is not whole, or holds no sample.
     """
-    table = _samples_of(tar, join(url, name))
-    return _publish_members(store, url, name, tar, etag, table), table.num_interleaved
+    return _publish_members(store, url, name, tar, etag, _samples_of(tar, join(url, name)))
 
 
 def _publish_members(
     store: ObjectStore, url: str, name: str, tar: Tar, etag: str, table: MemberTable
-) -> Shard:
+) -> tuple[Shard, int]:
     """Write the member table of a tar, with the tar's line of the index in its metadata."""
     shard = Shard(
         name=name,
@@ -181,9 +189,10 @@ def _publish_members(
         members_sha256=table.digest,
     )
     notes = {field: str(getattr(shard, field)) for field in Shard.__dataclass_fields__}
-    notes["num_interleaved"] = str(table.num_interleaved)
+    interleaved = table.num_interleaved
+    notes["num_interleaved"] = str(interleaved)
     store.write(join(url, shard.members_name), members_to_parquet(table, notes))
-    return shard
+    return shard, interleaved
 
 
 def shard_of_members(data: bytes) -> tuple[Shard, int]:
@@ -276,14 +285,18 @@ def verify_listing(store: ObjectStore, index: ShardIndex) -> None:
     Raises:
         ShardMismatchError: naming every shard that is missing, cut, or was replaced.
     """
-    changed = changed_shards(index, store.list(index.url))
+    if changed := changed_shards(index, store.list(index.url)):
+        raise shards_changed(index, changed)
+
+
+def shards_changed(index: ShardIndex, changed: Mapping[str, str]) -> ShardMismatchError:
+    """The error that names them, for what `changed_shards` found."""
     problems = [f"{name} {problem}" for name, problem in changed.items()]
-    if problems:
-        more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise ShardMismatchError(
-            f"shards at {index.url} do not match their index: {'; '.join(problems[:10])}{more}. "
-            f"Restore them, or make the set again."
-        )
+    more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
+    return ShardMismatchError(
+        f"shards at {index.url} do not match their index: {'; '.join(problems[:10])}{more}. "
+        f"Restore them, or make the set again."
+    )
 
 
 def changed_shards(index: ShardIndex, listing: Iterable[ObjectInfo]) -> dict[str, str]:

@@ -47,6 +47,12 @@ class MemberTable:
     def extensions(self) -> tuple[str, ...]:
         return tuple(self.offsets)
 
+    def those_of(self, extensions: Sequence[str] | None) -> tuple[str, ...]:
+        """The extensions here that are among these; all of them for None."""
+        if extensions is None:
+            return self.extensions
+        return tuple(extension for extension in self.extensions if extension in extensions)
+
     @property
     def digest(self) -> str:
         """SHA-256 over the content, whatever file it is kept in."""

@@ -19,19 +19,18 @@ class ErrorBudget:
     def __init__(self, share: float, at_least: int, counts: Mapping[str, int]) -> None:
         self.share, self.at_least = share, at_least
         self.counts = Counter(counts)
-        self._unsettled: list[DeadLetter] = []
+        self._unsettled: Counter[str] = Counter()
         self._unwritten: list[DeadLetter] = []
 
     def note(self, letters: Iterable[DeadLetter]) -> None:
         """Take in this rank's new dead letters."""
-        for letter in letters:
-            self._unsettled.append(letter)
-            self._unwritten.append(letter)
+        letters = list(letters)
+        self._unsettled.update(letter.cause for letter in letters)
+        self._unwritten += letters
 
     def settle(self) -> int:
         """Collective: add what every rank has noted; dead letters of the whole run so far."""
-        mine = Counter(letter.cause for letter in self._unsettled)
-        for counts in gather_from_ranks(mine):
+        for counts in gather_from_ranks(self._unsettled):
             assert isinstance(counts, Counter)
             self.counts += counts
         self._unsettled.clear()

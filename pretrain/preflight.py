@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from configs.schema import DitiTask, RunConfig
 from data_pipelines.object_store import ObjectStore, join
 from data_pipelines.sample_order import SampleOrder
-from data_pipelines.shard_index import ShardIndex, changed_shards, read_index, verify_listing
+from data_pipelines.shard_index import ShardIndex, changed_shards, read_index, shards_changed
 from pretrain import checkpoint
 from pretrain.backbone import load_backbone, shapes_of
 from pretrain.diti import DiTi
@@ -100,6 +100,6 @@ def _check_listing(config: RunConfig, store: ObjectStore, index: ShardIndex) -> 
     changed = changed_shards(index, store.list(index.url))
     lost = sum(shard.num_samples for shard in index.shards if shard.name in changed)
     if lost > config.data.error_budget * index.num_samples:
-        verify_listing(store, index)
+        raise shards_changed(index, changed)
     for name, problem in changed.items():
         _log.warning("%s %s; its samples will be replaced (data.error_budget)", name, problem)

@@ -13,14 +13,7 @@ in a file is ever executed. What follows from shapes is taken from shapes; the r
 """
 
 import logging
-import pickle
-import re
-import struct
-import tempfile
-import warnings
-import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -39,7 +32,7 @@ from configs.schema import (
 )
 from data_pipelines.local_files import sha256_of
 from data_pipelines.object_store import ObjectStore, absolute
-from pretrain.backbone import Backbone, digest_of_state, first_few, shapes_of, state_problems
+from pretrain.backbone import Backbone, digest_of_state, shapes_of, state_problems
 from pretrain.diti import DiTi
 from pretrain.encoder import Encoder
 from pretrain.partition import Partition, make_partition
@@ -61,6 +54,7 @@ from pretrain.published_config import (
     read_config,
     validated,
 )
+from pretrain.published_file import Parts, read_weights_only, take_apart
 from pretrain.published_shapes import encoder_shape, unet_fields
 from pretrain.shift_decoder import ShiftDecoder
 from pretrain.unet import UNet
@@ -75,13 +69,9 @@ KIND_NAMES: dict[Kind, str] = {
     "adm": "unconditional ADM (guided-diffusion) denoiser",
 }
 
-_PREFIXES = ("_orig_mod.", "module.")  # of torch.compile and of DistributedDataParallel
-_FROZEN = ("time_embed.", "input_blocks.", "middle_block.", "output_blocks.", "out.")
 _AUTHORS_DROPOUT = 0.1
 Module = TypeVar("Module", bound=nn.Module)
 _LOG = logging.getLogger(__name__)
-# Both wordings of PyTorch: of names it does not know, and of modules it blocks.
-_GLOBAL_ASKED_FOR = re.compile(r"(?i)unsupported global:? (?:global )?([\w.]+)")
 
 
 class PublishedCheckpointError(ValueError):
@@ -248,31 +238,19 @@ def load_authors_checkpoint(
     source = absolute(str(path))
     arguments = Arguments(image_size_px, num_heads, head_channels, attention_order)
     try:
-        with _local_copy(store, source) as file:
+        with store.local_copy(source) as file:
             digest = sha256_of(file)
-            parts = _take_apart(_read_weights_only(file), ema=ema)
+            parts = take_apart(read_weights_only(file), ema=ema)
         found = read_config(store, config, source)
         return _assemble(source, digest, parts, found, arguments, ema=ema)
     except LayoutError as error:
         raise PublishedCheckpointError(f"{path}: {error}") from error
 
 
-@dataclass(frozen=True, slots=True)
-class _Parts:
-    """The tensors of one file by part, before their meaning is known."""
-
-    layout: Literal["dpm", "run", "adm"]
-    step: int | None
-    backbone: dict[str, Tensor]
-    encoder: dict[str, Tensor]
-    shift: dict[str, Tensor]
-    is_diti: bool
-
-
 def _assemble(
     source: str,
     digest: str,
-    parts: _Parts,
+    parts: Parts,
     config: PublishedConfig,
     arguments: Arguments,
     *,
@@ -328,7 +306,7 @@ def _assemble(
 
 
 def _unet_of(
-    parts: _Parts, config: PublishedConfig, arguments: Arguments
+    parts: Parts, config: PublishedConfig, arguments: Arguments
 ) -> tuple[UNetConfig, dict[str, str]]:
     """The U-Net that the file's tensors fit exactly."""
     fields = unet_fields(shapes_of(parts.backbone))
@@ -349,7 +327,7 @@ def _unet_of(
 
 
 def _encoder_of(
-    parts: _Parts, unet: UNetConfig, config: PublishedConfig
+    parts: Parts, unet: UNetConfig, config: PublishedConfig
 ) -> tuple[EncoderConfig, int]:
     """The encoder and its image size; encoder and shift path fit exactly."""
     encoder, image_size_px = encoder_shape(shapes_of(parts.encoder))
@@ -376,141 +354,3 @@ def _filled(kind: type[Module], state: dict[str, Tensor], *args: Any, **kwargs: 
     module = kind(*args, **kwargs)
     module.load_state_dict(state)
     return module.requires_grad_(False).eval()
-
-
-# --- from file to parts ---------------------------------------------------------------------------
-
-
-@contextmanager
-def _local_copy(store: ObjectStore, url: str) -> Iterator[Path]:
-    """The file itself when it is local, else a copy that lasts as long as the block."""
-    store.stat(url)
-    if "://" not in url or url.startswith("file://"):
-        yield Path(url.removeprefix("file://"))
-        return
-    with tempfile.TemporaryDirectory(prefix="diti-") as folder:
-        copy = Path(folder, "checkpoint.pt")
-        store.download(url, copy)
-        yield copy
-
-
-def _read_weights_only(path: Path) -> Any:
-    """The file's content; a pickle that asks for more than tensors and plain values is refused."""
-    damaged = (
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        LookupError,
-        AssertionError,
-        OverflowError,
-        struct.error,
-    )
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about old pickle protocols
-            return torch.load(
-                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-            )
-    except pickle.UnpicklingError as error:
-        if found := _GLOBAL_ASKED_FOR.search(str(error)):
-            asked = found[1].rstrip(".")
-            raise LayoutError(
-                f"it would run code when it is loaded (it asks for {asked}), so it is not; get a "
-                f"file that holds tensors and plain values only"
-            ) from error
-        raise _not_whole(path) from error
-    except damaged as error:
-        raise _not_whole(path) from error
-
-
-def _not_whole(path: Path) -> LayoutError:
-    return LayoutError(
-        f"it is not a whole PyTorch checkpoint ({path.stat().st_size} bytes): truncated, damaged "
-        f"or another kind of file; fetch it again"
-    )
-
-
-def _take_apart(content: Any, *, ema: bool) -> _Parts:
-    """Recognise the layout by its keys and copy the tensors that are wanted."""
-    if not isinstance(content, Mapping):
-        raise LayoutError(
-            f"it holds one {type(content).__name__}, not a dictionary of weights; give a "
-            f"checkpoint of a DiTi or PDAE run, their denoiser's, or an ADM state dict"
-        )
-    keys = {str(key) for key in content}
-    if keys & {"encoder", "ema_encoder"} and keys & {"decoder", "ema_decoder"}:
-        decoder = _state(content, "decoder", ema=ema)
-        frozen = {name: t for name, t in decoder.items() if name.startswith(_FROZEN)}
-        return _Parts(
-            layout="run",
-            step=_step(content),
-            backbone=_copied(frozen),
-            encoder=_copied(_state(content, "encoder", ema=ema)),
-            shift=_copied({name: t for name, t in decoder.items() if name not in frozen}),
-            is_diti="ssl_model" in keys,
-        )
-    if keys & {"denoise_fn", "ema_denoise_fn"}:
-        backbone = _copied(_state(content, "denoise_fn", ema=ema))
-        return _Parts("dpm", _step(content), backbone, {}, {}, is_diti=False)
-    if any(name.endswith("time_embed.0.weight") for name in keys):
-        if not ema:
-            raise LayoutError(
-                "an ADM state dict holds one set of weights, so there are none without averaging "
-                "to choose; leave that choice out"
-            )
-        return _Parts("adm", None, _copied(_tensors(content, "it")), {}, {}, is_diti=False)
-    raise LayoutError(
-        f"its layout is unknown: the top-level keys are {first_few(sorted(keys))}. Known are runs "
-        f"(encoder, decoder and their ema_ versions), denoisers (denoise_fn, ema_denoise_fn) and "
-        f"bare ADM state dicts (time_embed.0.weight, ...)"
-    )
-
-
-def _state(content: Mapping[Any, Any], name: str, *, ema: bool) -> dict[str, Tensor]:
-    key = f"ema_{name}" if ema else name
-    if key not in content:
-        other = "take the averaged ones" if not ema else "take the online ones (ema=False)"
-        raise LayoutError(f"it has no {key}, only {first_few(sorted(map(str, content)))}; {other}")
-    return _tensors(content[key], key)
-
-
-def _tensors(state: Any, what: str) -> dict[str, Tensor]:
-    """Names without wrappers' prefixes, to tensors."""
-    if not isinstance(state, Mapping):
-        raise LayoutError(f"{what} is a {type(state).__name__}, not a dictionary of tensors")
-    strange = sorted(str(name) for name, value in state.items() if not isinstance(value, Tensor))
-    if strange:
-        raise LayoutError(f"{what} holds values that are no tensors: {first_few(strange)}")
-    tensors = {_unwrapped(str(name)): value for name, value in state.items()}
-    if len(tensors) != len(state):
-        raise LayoutError(f"{what} holds tensors twice, with and without a wrapper's prefix")
-    return tensors
-
-
-def _unwrapped(name: str) -> str:
-    while name.startswith(_PREFIXES):
-        name = name.partition(".")[2]
-    return name
-
-
-def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """float32 copies that no longer lean on the file."""
-    if broken := sorted(name for name, tensor in state.items() if not tensor.isfinite().all()):
-        raise LayoutError(
-            f"it holds numbers that are NaN or infinite: {first_few(broken)}; take a checkpoint "
-            f"from before its training went wrong"
-        )
-    return {
-        name: tensor.detach().to(torch.float32, copy=True).contiguous()
-        for name, tensor in state.items()
-    }
-
-
-def _step(content: Mapping[Any, Any]) -> int | None:
-    step = content.get("step")
-    if isinstance(step, Tensor) and step.numel() == 1:
-        step = int(step.item())
-    return step if isinstance(step, int) else None

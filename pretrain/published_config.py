@@ -25,6 +25,7 @@ SHAPES = "shapes of the weights"
 _PAPER = StagedPartition()  # whose stages both maps of time-steps share
 
 _PARENTS_SEARCHED = 5  # from runs/DATA/NAME/config.yml up to the folder above `runs`, and one more
+_CUT_KEYS = ("k", "k_per_stage", "stages", "dims_per_stage", "pdae_mode")
 _UNET_FIELDS = {
     "input_channel": "in_channels",
     "base_channel": "base_channels",
@@ -62,8 +63,8 @@ class PublishedConfig:
     def value(self, section: str, key: str) -> Any:
         """The value, or None when it, or its section, is not there."""
         inside = self.values.get(section)
-        if inside is None:  # some write the cut's own keys without their section
-            return self.values.get(key) if section == "ssl_config" else None
+        if inside is None:
+            return None
         if not isinstance(inside, Mapping):
             raise LayoutError(f"{self.where(section)}: {section} must be a section, got {inside!r}")
         return inside.get(key)
@@ -360,9 +361,13 @@ def _parse(data: bytes, url: str) -> dict[str, Any]:
 def _plain(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     """The same as JSON would give it, so that it can stand in a manifest."""
     try:
-        return json.loads(json.dumps(values, default=str, allow_nan=False))
+        plain = json.loads(json.dumps(values, default=str, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
         raise LayoutError(f"{source} holds something that JSON cannot: {error}") from error
+    if plain.get("ssl_config") is None:  # some write its keys without the section
+        cut = {key: plain[key] for key in _CUT_KEYS if key in plain}
+        return plain | ({"ssl_config": cut} if cut else {})
+    return plain
 
 
 def _image_size(config: PublishedConfig) -> tuple[str, int | None]:

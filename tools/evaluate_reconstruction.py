@@ -10,21 +10,21 @@ Letters: B batch, C channels, H height, W width, D = latent_dim.
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from data_pipelines.object_store import ObjectStore, absolute
-from data_pipelines.sample_reader import Sample, read_shard
-from data_pipelines.shard_index import ShardIndex, read_index
+from data_pipelines.shard_index import read_index
 from pretrain.diti import DiTi
 from pretrain.published import ConfigSource
 from pretrain.sampling import ddim_encode, ddim_sample, diti_estimate
 from pretrain.timesteps import uniform_timesteps
 from pretrain.trained import load_diti, load_published_diti
 from tools.denoising import draw_noise, encode, to_unit
-from tools.labels import read_pixels
+from tools.labels import iter_samples, read_pixels
 
 CHUNK = 32
 SAMPLERS: dict[str, dict[str, Any]] = {
@@ -79,7 +79,8 @@ def read_images(store: ObjectStore, shards_url: str, count: int, size_px: int) -
         raise ValueError(
             f"{shards_url} has {index.num_samples} images, {count} were asked for; lower --count"
         )
-    return to_unit(read_pixels(_first_samples(store, index, count), size_px))
+    samples = list(islice(iter_samples(store, index), count))
+    return to_unit(read_pixels(samples, size_px))
 
 
 @torch.inference_mode()
@@ -124,12 +125,3 @@ def evaluate_reconstruction(
         )
         for name, (inferred, random) in errors.items()
     ]
-
-
-def _first_samples(store: ObjectStore, index: ShardIndex, count: int) -> list[Sample]:
-    samples: list[Sample] = []
-    for shard in index.shards:
-        if len(samples) >= count:
-            break
-        samples += read_shard(store, index, shard)
-    return samples[:count]

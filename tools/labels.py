@@ -1,6 +1,7 @@
 """Labels of a shard set: what each sample's json says under `attributes`."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,9 +39,14 @@ class Labels:
         return self.values[[row_of[key] for key in keys]]
 
 
+def iter_samples(store: ObjectStore, index: ShardIndex) -> Iterator[Sample]:
+    """Every raw sample of a shard set, in order, shard by shard."""
+    return (sample for shard in index.shards for sample in read_shard(store, index, shard))
+
+
 def read_samples(store: ObjectStore, index: ShardIndex) -> list[Sample]:
-    """Every raw sample of a shard set, in order; for sets that fit in memory."""
-    return [sample for shard in index.shards for sample in read_shard(store, index, shard)]
+    """The same at once; for sets that fit in memory."""
+    return list(iter_samples(store, index))
 
 
 def read_source(store: ObjectStore, manifest: FeatureManifest) -> list[Sample]:

@@ -1,13 +1,14 @@
 """`diti data repair`: which of a run's bad samples can be used by now."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache, partial
 
 from configs.schema import RunConfig
 from data_pipelines.bad_samples import (
     BAD_SAMPLE_ERRORS,
     DEAD_LETTERS,
-    DeadLetter,
     cause_of,
     from_json_lines,
     to_json_lines,
@@ -15,7 +16,8 @@ from data_pipelines.bad_samples import (
 from data_pipelines.object_store import ObjectStore, join
 from data_pipelines.sample_reader import read_sample
 from data_pipelines.sample_stream import IMAGE_EXTENSIONS, decode_sample
-from data_pipelines.shard_index import Shard, ShardIndex, read_index
+from data_pipelines.shard_index import Shard, ShardIndex, read_index, read_members
+from data_pipelines.tar_members import MemberTable
 from pretrain import checkpoint
 
 
@@ -40,10 +42,15 @@ def repair(store: ObjectStore, run_url: str) -> Repaired:
     config = checkpoint.run_of(checkpoint.find(store, run_url, None))
     index = read_index(store, config.data.shards)
     shards = {shard.name: shard for shard in index.shards}
+    # Letters of one shard mostly follow each other.
+    members_of = lru_cache(maxsize=1)(partial(read_members, store, index))
     mended, still_bad = 0, Counter[str]()
     for info in store.list(join(run_url, DEAD_LETTERS)):
         letters = from_json_lines(store.read(info.url).decode())
-        causes = [_cause_now(store, config, index, shards, letter) for letter in letters]
+        causes = [
+            _cause_now(store, config, index, shards.get(letter.shard), letter.row, members_of)
+            for letter in letters
+        ]
         kept = [letter for letter, cause in zip(letters, causes, strict=True) if cause]
         mended += len(letters) - len(kept)
         still_bad.update(cause for cause in causes if cause)
@@ -58,15 +65,16 @@ def _cause_now(
     store: ObjectStore,
     config: RunConfig,
     index: ShardIndex,
-    shards: dict[str, Shard],
-    letter: DeadLetter,
+    shard: Shard | None,
+    row: int,
+    members_of: Callable[[Shard], MemberTable],
 ) -> str:
     """Why the sample cannot be used; "" if it can."""
-    shard = shards.get(letter.shard)
-    if shard is None or letter.row >= shard.num_samples:
+    if shard is None or row >= shard.num_samples:
         return "no longer in the index"
     try:
-        sample = read_sample(store, index, shard, letter.row, IMAGE_EXTENSIONS)
+        url = index.url_of(shard)
+        sample = read_sample(store, url, members_of(shard), row, IMAGE_EXTENSIONS)
         decode_sample(sample, config.data.image_size_px)
     except BAD_SAMPLE_ERRORS as error:
         return cause_of(error)

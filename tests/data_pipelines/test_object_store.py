@@ -625,3 +625,15 @@ def test_a_dead_server_is_one_clear_error(victim: LocalS3):
     assert victim.secret_key not in everything
     with pytest.raises(StoreUnavailableError):
         store.exists("s3://diti/x")
+
+
+def test_a_local_copy_is_the_file_itself_or_lasts_as_long_as_the_block(
+    store: ObjectStore, s3_url: str, tmp_path: Path
+):
+    for url in (str(tmp_path / "x"), f"file://{tmp_path}/x", join(s3_url, "x")):
+        store.write(url, b"content")
+        with store.local_copy(url) as path:
+            assert path.read_bytes() == b"content"
+        assert path.exists() == (path == tmp_path / "x") == (not url.startswith("s3://"))
+    with pytest.raises(ObjectMissingError), store.local_copy(join(s3_url, "none")):
+        pass

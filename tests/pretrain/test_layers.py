@@ -1,10 +1,5 @@
 """The faster layers against PyTorch's own: the same numbers and gradients in any memory layout."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,6 +12,7 @@ from pretrain.layers import (
     UpsampledConv2d,
     to_fast_layout,
 )
+from tests.own_process import check_runs
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
@@ -100,16 +96,7 @@ torch.testing.assert_close(*gradients)
 
 def test_a_channels_last_input_without_gradient_does_not_crash_the_normalisation():
     # torch 2.13 ends the process with a segmentation fault here if nothing is done about it.
-    root = Path(__file__).parents[2]
-    result = subprocess.run(
-        [sys.executable, "-c", NO_GRADIENT_WANTED],
-        cwd=root,
-        env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, f"exit code {result.returncode}\n{result.stderr}"
+    check_runs(NO_GRADIENT_WANTED)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

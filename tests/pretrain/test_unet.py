@@ -1,11 +1,7 @@
 """U-Net, encoder and shift decoder against METHOD sections 4 and 5: numbers, names and counts."""
 
 import math
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +12,7 @@ from configs.schema import EncoderConfig, UNetConfig
 from pretrain.encoder import Encoder
 from pretrain.shift_decoder import ShiftDecoder
 from pretrain.unet import AttentionBlock, ResBlock, UNet, set_attention, timestep_embedding
+from tests.own_process import check_runs
 
 TINY = UNetConfig(
     patch_size_px=2,
@@ -213,16 +210,7 @@ for one, other in zip(*gradients, strict=True):
 
 def test_a_channels_last_image_gives_the_same_numbers_and_does_not_crash_backward():
     # torch 2.13 ends the process with a segmentation fault if `fold` lets the layout through.
-    root = Path(__file__).parents[2]
-    result = subprocess.run(
-        [sys.executable, "-c", CHANNELS_LAST],
-        cwd=root,
-        env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, f"exit code {result.returncode}\n{result.stderr}"
+    check_runs(CHANNELS_LAST)
 
 
 # --- names and counts of the published checkpoints ------------------------------------------------

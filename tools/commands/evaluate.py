@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from tools.commands.options import AsJson, AuthorsConfig, Untrained
+from tools.commands.options import AsJson, AuthorsConfig, Run, Untrained
 from tools.commands.outcome import clear_errors
 from tools.tables import print_probes, print_reconstructions
 
@@ -58,9 +58,7 @@ def attributes(
 @app.command()
 def reconstruction(
     shards: Annotated[str, typer.Option(help="Shard set whose first images are used.")],
-    run: Annotated[
-        str | None, typer.Argument(metavar="[RUN]", help="The run's folder: OUTPUT/NAME.")
-    ] = None,
+    run: Run = None,
     checkpoint: Annotated[
         str | None, typer.Option(help="Instead of a run: a published .pt file of DiTi or PDAE.")
     ] = None,

@@ -11,6 +11,7 @@ from tools.commands.options import (
     Ema,
     LocalDir,
     Overrides,
+    Run,
     Untrained,
     check_out_file,
 )
@@ -64,9 +65,7 @@ def train(
 def export(
     shards: Annotated[str, typer.Option(help="Shard set to encode.")],
     out: Annotated[str, typer.Option(help="Folder for the features.")],
-    run: Annotated[
-        str | None, typer.Argument(metavar="[RUN]", help="The run's folder: OUTPUT/NAME.")
-    ] = None,
+    run: Run = None,
     checkpoint: Annotated[
         str | None,
         typer.Option(help="Instead of a run: a published .pt file that every worker can reach."),
