@@ -14,7 +14,7 @@ help:
 
 setup: .venv/.complete
 
-.venv/.complete: requirements.lock pyproject.toml
+.venv/.complete: requirements.lock requirements-cuda.lock pyproject.toml
 	@test -n "$(PYTHON)" && $(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
 	  { echo "make: Python 3.11 is needed, found: $$($(PYTHON) --version 2>&1). Install it (Debian, Ubuntu: apt install python3.11 python3.11-venv) or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 2; }
 	@echo "setting up .venv (2.7 GB, or 6.2 GB where pip takes the CUDA torch; a few minutes)"

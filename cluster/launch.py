@@ -22,7 +22,7 @@ from configs.schema import DitiTask, RunConfig
 from data_pipelines.object_store import StoreError, absolute
 from pretrain import checkpoint
 from pretrain.backbone import BUILTIN_PREFIX
-from pretrain.preflight import open_store, preflight, run_url
+from pretrain.preflight import Preflight, open_store, preflight, run_url
 from pretrain.train import Progress, run
 
 POLL_SECONDS = 1.0
@@ -37,6 +37,7 @@ def launch_training(
     config: RunConfig,
     *,
     local_dir: Path,
+    on_start: Callable[[Preflight], None] = lambda found: None,
     on_progress: Callable[[Mapping[int, Progress]], None] = lambda ranks: None,
 ) -> checkpoint.Manifest:
     """Run `config` on Ray with `cluster.num_workers` workers and wait for its end.
@@ -46,6 +47,7 @@ def launch_training(
 
     Args:
         local_dir: scratch folder on every node.
+        on_start: called once nothing is left to be refused, with what the checks found.
         on_progress: called about every second, from another thread, with each rank's progress.
 
     Raises:
@@ -53,7 +55,7 @@ def launch_training(
         RunFailedError: the run failed more often than it may, or for good.
     """
     config = _with_absolute_paths(config)
-    preflight(config, config.cluster.num_workers)
+    on_start(preflight(config, config.cluster.num_workers))
     cluster = config.cluster
     with ray_session(
         num_cpus=cluster.num_workers * cluster.cpus_per_worker,

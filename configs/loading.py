@@ -176,6 +176,11 @@ def _describe(details: ErrorDetails) -> str:
         case "missing":
             needed = " ".join(f"{path}=..." for path in _required_below(details["loc"]))
             return f"{dotted}: is required but missing; give {needed}"
+        case "string_type" if isinstance(details["input"], int | float):
+            return (
+                f"{dotted} = {details['input']!r}: must be text, and YAML reads this as "
+                f"{'a truth value' if isinstance(details['input'], bool) else 'a number'}; quote it"
+            )
         case "value_error":
             return f"{dotted}: {details['msg'].removeprefix('Value error, ')}"
         case _:

@@ -140,7 +140,7 @@ def read_manifest(store: ObjectStore, url: str) -> FeatureManifest:
     """The manifest of the feature set at `url`.
 
     Raises:
-        ObjectMissingError: there is none: the export has not finished.
+        ObjectMissingError: there is none: another folder, or an export that has not finished.
         FeatureMismatchError: it cannot be read, or contradicts itself.
     """
     where = join(url, MANIFEST_NAME)
@@ -150,8 +150,9 @@ def read_manifest(store: ObjectStore, url: str) -> FeatureManifest:
         raise
     except ObjectMissingError as error:
         raise ObjectMissingError(
-            f"no feature manifest at {where}: the export has not finished, since the manifest "
-            f"is written last; run the same `diti export` again, or check the URL"
+            f"no feature manifest at {where}: this is no feature set, or an export that has not "
+            f"finished (its manifest is written last). Check the URL, or run that `diti export` "
+            f"again"
         ) from error
     try:
         return _manifest_from_json(json.loads(data))

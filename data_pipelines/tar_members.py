@@ -82,15 +82,11 @@ def scan_tar(data: Tar, url: str) -> MemberTable:
         ShardMismatchError: the tar is cut (also exactly between members) or damaged, or a member
             stands twice.
     """
-    if data[-len(_END_OF_TAR) :] != _END_OF_TAR:
-        raise ShardMismatchError(
-            f"{url} has no end-of-archive mark after {len(data)} bytes: it is cut short; "
-            f"write or upload it again"
-        )
     samples: dict[str, dict[str, tuple[int, int, int]]] = {}
     file = io.BytesIO(data) if isinstance(data, bytes) else data
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:  # pyright: ignore[reportArgumentType, reportCallIssue]
+            _check_mark(data, url)
             for member in tar:
                 key, extension = key_and_extension(member.name)
                 if not member.isfile() or not key:
@@ -107,8 +103,18 @@ def scan_tar(data: Tar, url: str) -> MemberTable:
                 members[extension] = (start, member.size, zlib.crc32(content))
             _check_end(data, tar.offset, url)
     except tarfile.TarError as error:
-        raise ShardMismatchError(f"{url} is not a readable tar: {error}") from error
+        raise ShardMismatchError(
+            f"{url} is not a readable tar ({error}); write or upload it again, uncompressed"
+        ) from error
     return _member_table(samples)
+
+
+def _check_mark(data: Tar, url: str) -> None:
+    if data[-len(_END_OF_TAR) :] != _END_OF_TAR:
+        raise ShardMismatchError(
+            f"{url} has no end-of-archive mark after {len(data)} bytes: it is cut short; "
+            f"write or upload it again"
+        )
 
 
 def _check_name(name: str, url: str) -> None:

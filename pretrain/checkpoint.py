@@ -173,9 +173,14 @@ def find(store: ObjectStore, run_url: str, step: int | None) -> Manifest:
     """
     steps = complete_steps(store, run_url)
     if not steps or step not in (None, *steps):
-        wanted = f"at step {step}" if step is not None else "yet"
-        newest_ones = f"the last of {len(steps)} are the steps {steps[-5:]}" if steps else "none is"
-        raise CheckpointError(f"{run_url} has no complete checkpoint {wanted}; {newest_ones}")
+        if not steps:
+            raise CheckpointError(
+                f"{run_url} has no complete checkpoint; check the URL, or train the run first"
+            )
+        raise CheckpointError(
+            f"{run_url} has no complete checkpoint at step {step}; the last of {len(steps)} are "
+            f"the steps {steps[-5:]}"
+        )
     return read_manifest(store, run_url, steps[-1] if step is None else step)
 
 
@@ -260,22 +265,24 @@ def check_resumable(
         CheckpointError: listing every setting that differs and both its values, or those that the
             checkpoint has and this version does not know.
     """
-    before = _flat(run_of(manifest).model_dump(mode="json"))  # with defaults of newer settings
-    now = _flat(config.model_dump(mode="json"))
-    before |= {"shard index": manifest.index_digest, "backbone": manifest.backbone_sha256}
-    now |= {"shard index": index_digest, "backbone": backbone_sha256}
-    before["number of workers"], now["number of workers"] = manifest.world_size, world_size
     different = [
-        f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not _may_change(key)
+        *(text for key, text in _differences(manifest, config).items() if not _may_change(key)),
+        *_different("shard index", manifest.index_digest, index_digest),
+        *_different("backbone", manifest.backbone_sha256, backbone_sha256),
+        *_different("number of workers", manifest.world_size, world_size),
     ]
     if different:
         raise CheckpointError(
             f"run {config.name!r} has a checkpoint at step {manifest.step} made with other "
-            f"settings: {'; '.join(different)}. Restore them, give the run another name, or "
-            f"delete its folder{' (it is not trained yet)' if manifest.step == 0 else ''}."
+            f"settings: {'; '.join(sorted(different))}. Restore them, give the run another name, "
+            f"or delete its folder{' (it is not trained yet)' if manifest.step == 0 else ''}."
         )
+
+
+def changed_settings(manifest: Manifest, config: RunConfig) -> list[str]:
+    """Settings that may differ on resume, and do: each with both its values."""
+    differences = _differences(manifest, config)
+    return [text for key, text in differences.items() if _may_change(key)]
 
 
 def run_of(manifest: Manifest) -> RunConfig:
@@ -291,6 +298,21 @@ def run_of(manifest: Manifest) -> RunConfig:
             f"the configuration in the manifest of checkpoint {manifest.name} cannot be used: "
             f"{'; '.join(problems_of(error))}. Use another checkpoint, or its own version."
         ) from error
+
+
+def _differences(manifest: Manifest, config: RunConfig) -> dict[str, str]:
+    """By setting, what it was and what it is."""
+    before = _flat(run_of(manifest).model_dump(mode="json"))  # with defaults of newer settings
+    now = _flat(config.model_dump(mode="json"))
+    return {
+        key: text
+        for key in sorted(before.keys() | now.keys())
+        for text in _different(key, before.get(key), now.get(key))
+    }
+
+
+def _different(what: str, before: Any, now: Any) -> list[str]:
+    return [] if before == now else [f"{what} was {before!r}, is {now!r}"]
 
 
 def _may_change(key: str) -> bool:

@@ -24,6 +24,8 @@ class Preflight:
     plan: RunPlan
     resumes_at: int
     """Step of the newest complete checkpoint; 0 for a new run."""
+    changed: tuple[str, ...]
+    """Settings that are no longer what they were at that checkpoint, and may be."""
 
 
 def open_store(config: RunConfig) -> ObjectStore:
@@ -92,7 +94,10 @@ def preflight(config: RunConfig, world_size: int) -> Preflight:
             backbone_sha256=backbone_sha256,
             world_size=world_size,
         )
-    return Preflight(index, plan, newest.step if newest else 0)
+    if newest is None:
+        return Preflight(index, plan, resumes_at=0, changed=())
+    changed = tuple(checkpoint.changed_settings(newest, config))
+    return Preflight(index, plan, newest.step, changed)
 
 
 def _check_listing(config: RunConfig, store: ObjectStore, index: ShardIndex) -> None:

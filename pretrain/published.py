@@ -312,6 +312,8 @@ def _unet_of(
     fields = unet_fields(shapes_of(parts.backbone))
     check_unet(config, fields)
     heads = find_heads(config, arguments, needed=parts.layout == "adm")
+    recipe = 0.0 if parts.layout == "adm" else _AUTHORS_DROPOUT
+    dropout, dropout_origin = find_dropout(config, recipe)
     unet = validated(
         UNetConfig,
         "its U-Net",
@@ -319,11 +321,16 @@ def _unet_of(
         num_heads=heads.num_heads,
         head_channels=heads.head_channels,
         attention_order=heads.attention_order,
-        dropout=find_dropout(config, 0.0 if parts.layout == "adm" else _AUTHORS_DROPOUT),
+        dropout=dropout,
     )
     with torch.device("meta"):
         _check_fit("denoiser", parts.backbone, UNet(unet).state_dict())
-    return unet, {"U-Net": SHAPES, "attention heads": heads.origin}
+    return unet, {
+        "U-Net": SHAPES,
+        "attention heads": heads.origin,
+        "attention order": heads.order_origin,
+        "dropout": dropout_origin,
+    }
 
 
 def _encoder_of(

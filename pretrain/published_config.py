@@ -113,8 +113,9 @@ class Heads:
 
     num_heads: int
     head_channels: int | None
-    attention_order: Literal["legacy", "new"]
     origin: str
+    attention_order: Literal["legacy", "new"]
+    order_origin: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,20 +219,26 @@ def find_heads(config: PublishedConfig, arguments: Arguments, *, needed: bool) -
         )
     from_config = said_heads is not None or said_channels is not None
     given = ARGUMENT if heads is not None or channels is not None else DEFAULT
+    order, order_origin = _attention_order(config, arguments)
     return Heads(
         num_heads=1 if heads is None else heads,
         head_channels=channels,
-        attention_order=_attention_order(config, arguments),
         origin=config.where(section) if from_config else given,
+        attention_order=order,
+        order_origin=order_origin,
     )
 
 
-def _attention_order(config: PublishedConfig, arguments: Arguments) -> Literal["legacy", "new"]:
+def _attention_order(
+    config: PublishedConfig, arguments: Arguments
+) -> tuple[Literal["legacy", "new"], str]:
     section, key = "denoise_fn_config", "use_new_attention_order"
     flag = config.flag(section, key)
     said = None if flag is None else ("new" if flag else "legacy")
     order = _agreed(config, section, key, said, "attention_order", arguments.attention_order)
-    return order or "legacy"
+    if order is None:
+        return "legacy", DEFAULT
+    return order, ARGUMENT if said is None else config.where(section)
 
 
 def find_schedule(config: PublishedConfig) -> tuple[ScheduleConfig, str]:
@@ -249,10 +256,11 @@ def find_schedule(config: PublishedConfig) -> tuple[ScheduleConfig, str]:
     return validated(ScheduleConfig, "its noise schedule", **said), config.name if said else DEFAULT
 
 
-def find_dropout(config: PublishedConfig, default: float) -> float:
-    """Dropout inside residual blocks, for training; evaluation has none."""
-    said = config.real("denoise_fn_config", "dropout")
-    return default if said is None else said
+def find_dropout(config: PublishedConfig, default: float) -> tuple[float, str]:
+    """Dropout inside residual blocks, for training (evaluation has none), and its origin."""
+    section = "denoise_fn_config"
+    said = config.real(section, "dropout")
+    return (default, DEFAULT) if said is None else (said, config.where(section))
 
 
 def find_partition(

@@ -23,6 +23,8 @@ app = typer.Typer(
 )
 for verb in (runs.demo, runs.train, runs.export, runs.report):
     app.command()(verb)
+# Behind the folder, everything is the other command's: its options are not ours.
+app.command(context_settings={"allow_interspersed_args": False})(runs.s3)
 app.add_typer(data.app, name="data")
 app.add_typer(backbone.app, name="backbone")
 app.add_typer(features.app, name="features")

@@ -1,6 +1,7 @@
 """`diti demo`: the whole line on this machine, through the same parts as a run on a cluster."""
 
 import os
+import subprocess
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -19,7 +20,7 @@ from tools.attribute_probe import ProbeResult
 from tools.denoising import FourLosses
 from tools.evaluate_attributes import evaluate_attributes
 from tools.make_data import make_avatars
-from tools.progress import console, image_bar, shard_bar, training_bar, working
+from tools.progress import console, image_bar, say_start, shard_bar, training_bar, working
 from tools.report import make_report
 
 AVATARS_URL = "s3://diti/avatars"
@@ -54,9 +55,32 @@ def run_demo(folder: Path, overrides: tuple[str, ...] = ()) -> DemoResult:
             return _train_and_evaluate(store, config, folder)
 
 
+def run_beside_s3(folder: Path, command: list[str]) -> int:
+    """Run a command while the S3 server of a demo's folder is up; returns its exit code.
+
+    The server's address and credentials are the command's AWS_* variables.
+
+    Raises:
+        ValueError: there is no demo in the folder, or no such command.
+    """
+    if not (folder / "s3").is_dir():
+        raise ValueError(f"{folder} holds no demo; make one: diti demo --folder {folder}")
+    with local_s3(folder / "s3") as server:
+        try:
+            done = subprocess.run(command, env=os.environ | server.environment(), check=False)  # noqa: S603
+        except OSError as error:
+            raise ValueError(f"{command[0]} cannot be run: {error.strerror}") from error
+    return done.returncode
+
+
 def _train_and_evaluate(store: ObjectStore, config: RunConfig, folder: Path) -> DemoResult:
     with training_bar("training", config.train.total_images) as show:
-        manifest = launch_training(config, local_dir=(folder / "local").resolve(), on_progress=show)
+        manifest = launch_training(
+            config,
+            local_dir=(folder / "local").resolve(),
+            on_start=say_start,
+            on_progress=show,
+        )
     features = {
         (split, step): _export(store, config, split, step)
         for step in (manifest.step, 0)

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cluster.leases import QueueState
+from pretrain.preflight import Preflight
 from pretrain.train import Progress as RankProgress
 
 PLAIN_LINE_SECONDS = 10.0
@@ -48,12 +49,11 @@ def _plain_lines(label: str, total: float) -> Update:
         last, shown = now, done
         first = first or (now, done)  # what came before is starting up, or was done in another run
         since, had = first
-        left = (
-            f", {(now - since) * (total - done) / (done - had):.0f} s left"
-            if had < done < total
-            else ""
-        )
-        console.print(f"{label}: {done / total:.0%} {text}{left}", highlight=False, soft_wrap=True)
+        said = [text] if text else []
+        if had < done < total:
+            said.append(f"{(now - since) * (total - done) / (done - had):.0f} s left")
+        line = f"{label}: {done / total:.0%} {', '.join(said)}"
+        console.print(line.rstrip(), highlight=False, soft_wrap=True)
 
     return update
 
@@ -97,15 +97,33 @@ def shard_bar(label: str) -> Iterator[Callable[[QueueState], None]]:
         yield show
 
 
+def say_start(found: Preflight) -> None:
+    """Where a run goes on, and which settings are no longer what they were there."""
+    if found.resumes_at:
+        console.print(f"going on from step {found.resumes_at}", highlight=False)
+    for change in found.changed:
+        console.print(f"changed since then: {change}", highlight=False, soft_wrap=True)
+
+
 @contextmanager
 def training_bar(
     label: str, total_images: int
 ) -> Iterator[Callable[[Mapping[int, RankProgress]], None]]:
-    """A bar over a run: images/s, loss, worst data wait, newest checkpoint."""
+    """A bar over a run: images/s, loss, worst data wait, newest checkpoint; restarts in a line."""
     with progress_bar(label, total_images) as update:
         update(0, "starting workers")
+        pids: dict[int, int] = {}
 
         def show(ranks: Mapping[int, RankProgress]) -> None:
+            now = {number: rank.pid for number, rank in ranks.items()}
+            if any(pids.get(number, pid) != pid for number, pid in now.items()):
+                step = min(rank.checkpoint_step for rank in ranks.values())
+                console.print(
+                    f"workers were restarted after a failure; the newest checkpoint is step {step}",
+                    highlight=False,
+                    soft_wrap=True,
+                )
+            pids.update(now)
             slowest = min(ranks.values(), key=lambda rank: rank.step)
             waiting = max(rank.data_wait_share for rank in ranks.values())
             update(

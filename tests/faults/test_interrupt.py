@@ -1,4 +1,7 @@
-"""Ctrl-C and `kill` in mid-work: every process ends, and the same command goes on from there."""
+"""Ctrl-C and `kill` in mid-work: every process ends, and the same command goes on from there.
+
+Also what a run's terminal says of a worker that dies.
+"""
 
 import os
 import signal
@@ -42,20 +45,26 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
 
 
 def interrupt(process: subprocess.Popen[str], number: signal.Signals) -> str:
-    """Send a signal; nothing of the process's family may be left. Returns its error output."""
+    """Send a signal; nothing of the process's family may be left. Returns what it had printed."""
     family = psutil.Process(process.pid).children(recursive=True)
     assert family, "it has started nothing yet: the test proves nothing"
     if number == signal.SIGINT:
         os.killpg(process.pid, number)  # as a terminal does
     else:
         os.kill(process.pid, number)
-    _, errors = process.communicate(timeout=120)
+    output, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
     assert "diti: interrupted" in errors
     assert "Traceback" not in errors
     _, alive = psutil.wait_procs(family, timeout=20)
     assert not alive, [p.cmdline() for p in alive if p.is_running()]
-    return errors
+    return output + errors
+
+
+def kill_a_worker(process: subprocess.Popen[str]) -> None:
+    family = psutil.Process(process.pid).children(recursive=True)
+    [worker] = [child for child in family if "RayTrainWorker" in " ".join(child.cmdline())]
+    worker.kill()
 
 
 def wait_until(condition, process: subprocess.Popen[str]) -> None:
@@ -77,12 +86,18 @@ def test_a_run_interrupted_twice_on_relative_paths_leaves_no_process_and_resumes
 
     process = start(tmp_path, *command)
     wait_until(lambda: len(checkpoint.complete_steps(STORE, folder)) >= 3, process)
-    assert "run the same command again to go on" in interrupt(process, signal.SIGINT)
+    kill_a_worker(process)
+    before = len(checkpoint.complete_steps(STORE, folder))
+    wait_until(lambda: len(checkpoint.complete_steps(STORE, folder)) > before + 1, process)
+    said = interrupt(process, signal.SIGINT)
+    assert "run the same command again to go on" in said
+    assert "workers were restarted after a failure; the newest checkpoint is step" in said
+    assert "raylet" not in said, "Ray's own thousand characters about it"
 
     process = start(tmp_path, *command)
     before = len(checkpoint.complete_steps(STORE, folder))
     wait_until(lambda: len(checkpoint.complete_steps(STORE, folder)) > before, process)
-    interrupt(process, signal.SIGTERM)
+    assert "going on from step" in interrupt(process, signal.SIGTERM)
 
     steps = checkpoint.complete_steps(STORE, folder)
     total = (steps[-1] + 2) * run.train.global_batch
@@ -90,6 +105,8 @@ def test_a_run_interrupted_twice_on_relative_paths_leaves_no_process_and_resumes
     output, errors = again.communicate(timeout=300)
     assert again.returncode == 0, errors
     assert f"{total} images" in output
+    assert f"going on from step {steps[-1]}\n" in errors
+    assert f"changed since then: train.total_images was 64000, is {total}\n" in errors
     manifest = checkpoint.find(STORE, folder, None)
     positions = [p for p, _ in checkpoint.read_samples(STORE, folder, manifest)]
     assert positions == list(range(total))

@@ -126,7 +126,7 @@ def test_an_unknown_step_is_refused_with_those_there_are(run: Run):
 
 def test_a_run_without_any_says_so(run: Run):
     assert checkpoint.newest(STORE, run.url) is None
-    with pytest.raises(CheckpointError, match=r"no complete checkpoint yet; none is"):
+    with pytest.raises(CheckpointError, match=r"no complete checkpoint; check the URL"):
         checkpoint.find(STORE, run.url, None)
 
 
@@ -343,6 +343,9 @@ def test_a_setting_that_decides_nothing_about_the_numbers_may_change(manifest: M
     config = make_config(CHANGES[key])
     assert config != make_config()
     resume(manifest, config)
+    changed = checkpoint.changed_settings(manifest, config)
+    assert changed
+    assert all(text.startswith(key) for text in changed)
 
 
 def test_every_setting_that_differs_is_listed_with_both_values(manifest: Manifest):
@@ -355,6 +358,9 @@ def test_every_setting_that_differs_is_listed_with_both_values(manifest: Manifes
     )
     with pytest.raises(CheckpointError) as error:
         resume(manifest, config, index_digest="j" * 64, backbone_sha256="c" * 64, world_size=4)
+    assert checkpoint.changed_settings(manifest, config) == [
+        "wandb.mode was 'disabled', is 'offline'"
+    ]
     message = str(error.value)
     assert message.startswith("run 'tiny' has a checkpoint at step 2 made with other settings: ")
     assert message.endswith("Restore them, give the run another name, or delete its folder.")

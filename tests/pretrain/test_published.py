@@ -95,6 +95,8 @@ def test_every_value_says_where_it_was_found(tmp_path: Path) -> None:
         "encoder": "shapes of the weights",
         "image size": "shapes of the weights",
         "attention heads": denoiser,
+        "attention order": denoiser,
+        "dropout": denoiser,
         "schedule": config,
         "partition": config,
         "mode": config,
@@ -149,8 +151,8 @@ def test_without_a_config_a_diti_run_of_512_dimensions_has_the_papers_cut(tmp_pa
     encoder = ENCODER.model_copy(update={"latent_dim": 512})
     found = load_authors_checkpoint(write_run(tmp_path, run_content(encoder=encoder), config=None))
     assert found.config.source is None
-    assert found.origins["partition"] == "default of the published recipe"
-    assert found.origins["attention heads"] == "default of the published recipe"
+    for guessed in ("partition", "attention heads", "attention order", "dropout"):
+        assert found.origins[guessed] == "default of the published recipe"
     assert (found.unet.num_heads, found.unet.attention_order, found.unet.dropout) == (
         1,
         "legacy",
@@ -312,7 +314,7 @@ def test_an_adm_state_dict_tells_its_shape(tmp_path: Path, changes: dict[str, An
         write_adm(tmp_path, state), head_channels=32, attention_order="new", image_size_px=8
     )
     assert (found.kind, found.step, found.unet) == ("adm", None, config)
-    assert found.origins["attention heads"] == "argument"
+    assert found.origins["attention heads"] == found.origins["attention order"] == "argument"
     half = {name: tensor.half().float() for name, tensor in state.items()}
     assert same(found.backbone, half)
     found.build_backbone()
@@ -683,7 +685,6 @@ def test_weights_without_a_cut_are_pdaes_which_is_called_a_default(tmp_path: Pat
     config = {k: v for k, v in RUN_CONFIG.items() if k != "ssl_config"}
     found = load_authors_checkpoint(write_run(tmp_path, content), config=config)
     assert found.kind == "pdae"
-    assert found.origins["partition"] == "default of the published recipe"
 
 
 def test_attention_at_a_depth_that_the_network_lacks_changes_nothing(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The command line: what bad input gets, before anything is started."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from typer.testing import CliRunner, Result
 from cluster.session import ray_session
 from configs.loading import dump_run
 from configs.schema import RunConfig
-from data_pipelines.local_s3 import LocalS3
+from data_pipelines.local_s3 import LocalS3, local_s3
 from data_pipelines.object_store import ObjectStore, join
 from pretrain import checkpoint
 from tests.published_files import write_denoiser, write_run
@@ -45,6 +46,11 @@ def test_unknown_keys_are_listed_with_the_nearest_name(tmp_path, run) -> None:
     assert result.exit_code == 2
     assert "train.global_bach: unknown key; did you mean 'global_batch'?" in result.stderr
     assert "engine.zero_stage = 7" in result.stderr
+
+
+def test_text_that_yaml_takes_for_a_number_is_told_to_be_quoted(tmp_path, run) -> None:
+    result = train(tmp_path, run, "task.backbone.sha256=0000")
+    assert "sha256 = 0: must be text, and YAML reads this as a number; quote it" in result.stderr
 
 
 def test_a_missing_run_file_is_named(tmp_path) -> None:
@@ -149,6 +155,20 @@ def test_pictures_are_not_computed_for_a_file_that_cannot_be_written(tmp_path) -
     refused(diti("backbone", "samples", "builtin/avatars32.safetensors", "--out", out), out)
 
 
+def test_a_demos_data_can_be_opened_again(tmp_path) -> None:
+    with local_s3(tmp_path / "s3") as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment().items():
+            patch.setenv(name, value)
+        ObjectStore().write("s3://diti/kept", b"kept")
+    look = (
+        "import sys; from data_pipelines.object_store import ObjectStore;"
+        "sys.exit(7 if ObjectStore().read('s3://diti/kept') == b'kept' else 1)"
+    )
+    assert diti("s3", str(tmp_path), sys.executable, "-c", look).exit_code == 7
+    refused(diti("s3", str(tmp_path), "no-such-command"), "no-such-command")
+    refused(diti("s3", str(tmp_path / "s3")), "holds no demo")
+
+
 def test_exporting_a_run_without_checkpoints_is_refused(run, s3_url: str) -> None:
     result = diti("export", join(s3_url, "runs", "none"), "--shards", "x", "--out", "y")
     refused(result, "no complete checkpoint")
@@ -198,6 +218,7 @@ def test_features_without_a_manifest_are_refused(s3_url: str) -> None:
     [
         (),
         ("demo",),
+        ("s3",),
         ("train",),
         ("export",),
         ("report",),

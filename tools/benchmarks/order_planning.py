@@ -37,8 +37,8 @@ class Mixing:
 
     name: str
     shards_per_batch: float
-    nearest: float
-    """Positions between a sample and the next one of its shard, where the batch has any."""
+    nearest: float | None
+    """Positions between a sample and the next one of its shard; None where there never is one."""
 
 
 def measure_planning(shards: int, rows: int, global_batch: int) -> Planning:
@@ -81,7 +81,7 @@ def _mixing(name: str, batches: list[Ints]) -> Mixing:
         same = np.diff(batch[by_shard]) == 0
         distances += np.diff(by_shard)[same].tolist()
     per_batch = np.mean([len(np.unique(batch)) for batch in batches])
-    return Mixing(name, float(per_batch), float(np.mean(distances)) if distances else float("nan"))
+    return Mixing(name, float(per_batch), float(np.mean(distances)) if distances else None)
 
 
 def _peak_mib() -> float:
@@ -115,9 +115,10 @@ def main() -> None:
         f"{planning.peak_mib:.0f} MiB"
     )
     for shards, m in mixing:
+        apart = "no two" if m.nearest is None else f"those {m.nearest:.0f} positions apart are"
         print(
             f"{shards:>7} shards, {m.name:16} {m.shards_per_batch:7.0f} shards in a batch of "
-            f"{args.batch}, {m.nearest:6.0f} positions to the next of the same shard"
+            f"{args.batch}, {apart} of one shard"
         )
 
 

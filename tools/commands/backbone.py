@@ -68,7 +68,8 @@ def samples(
 
         check_out_file(out)
         with progress_bar("sampling", SAMPLE_STEPS) as update:
-            sheet = sample_sheet(weights, count, lambda step: update(step, f"{step} steps"))
+            sheet = sample_sheet(weights, count, lambda step: update(step, ""))
+            update(SAMPLE_STEPS, "")
         out.write_bytes(sheet)
         typer.echo(str(out))
 

@@ -162,5 +162,6 @@ def report_problems(problems: list[str], what: str) -> None:
     for problem in problems:
         typer.echo(problem, err=True)
     if problems:
-        typer.echo(f"diti: {len(problems)} problems {what}", err=True)
+        count = f"{len(problems)} problem{'s' if len(problems) != 1 else ''}"
+        typer.echo(f"diti: {count} {what}", err=True)
         raise typer.Exit(1)

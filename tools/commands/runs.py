@@ -1,6 +1,7 @@
-"""Verbs over a whole run: demo, train, export, report."""
+"""Verbs over a whole run: demo and its server, train, export, report."""
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,6 +35,22 @@ def demo(
         print_probes(result.probes)
         print_losses(result.losses)
         typer.echo(f"report: {result.report.resolve()}")
+
+
+def s3(
+    folder: Annotated[Path, typer.Argument(help="The demo's folder.")] = Path("runs/demo"),
+    command: Annotated[
+        list[str] | None, typer.Argument(metavar="[COMMAND]...", help="Default: your shell.")
+    ] = None,
+) -> None:
+    """Run a command, or a shell, beside the demo's S3 server: its data are at s3://diti.
+
+    Example: diti s3 runs/demo diti features show s3://diti/runs/demo/features/step-00001750-test
+    """
+    with clear_errors():
+        from tools.demo import run_beside_s3
+
+        raise typer.Exit(run_beside_s3(folder, command or [os.environ.get("SHELL", "/bin/sh")]))
 
 
 def train(
@@ -139,9 +156,12 @@ def report(
 
 def launch(config: Any, local_dir: Path) -> Any:
     from cluster.launch import launch_training
-    from tools.progress import training_bar
+    from tools.progress import say_start, training_bar
 
     with training_bar("training", config.train.total_images) as show_progress:
         return launch_training(
-            config, local_dir=local_dir.resolve() / config.name, on_progress=show_progress
+            config,
+            local_dir=local_dir.resolve() / config.name,
+            on_start=say_start,
+            on_progress=show_progress,
         )
