@@ -288,7 +288,7 @@ def test_the_manifest_is_refused_while_a_part_is_missing_or_cut(store: ObjectSto
 def test_without_manifest_the_export_is_not_finished(store: ObjectStore, base: str):
     part = make_part("00000", 5)
     store.write(join(base, part.name), part.encoded())
-    with pytest.raises(ObjectMissingError, match=r"manifest\.json: this is no feature set, or an export"):
+    with pytest.raises(ObjectMissingError, match=r"manifest\.json: this is no feature set"):
         read_features(store, base)
 
 
