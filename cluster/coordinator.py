@@ -6,6 +6,7 @@ dies Ray starts it again with the same arguments and it reads them anew.
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ import ray
 
 from cluster.leases import LeaseQueue, QueueState
 from data_pipelines.object_store import ObjectStore, join
-from data_pipelines.shard_index import ShardIndex, read_index
+from data_pipelines.shard_index import ShardIndex, read_sets
 from pretrain.train import Progress
 
 NAMESPACE = "diti"
@@ -40,9 +41,9 @@ class ShardCoordinator:
     """See the module. Created by `start_coordinator`; called through its Ray handle."""
 
     def __init__(
-        self, store: ObjectStore, shards_url: str | None = None, work: Work | None = None
+        self, store: ObjectStore, folders: Sequence[str] = (), work: Work | None = None
     ) -> None:
-        self._index = None if shards_url is None else read_index(store, shards_url)
+        self._index = read_sets(store, folders) if folders else None
         self._progress: dict[int, Progress] = {}
         self._queue = LeaseQueue([] if work is None else _unfinished(store, work))
         self._results: dict[str, Any] = {}
@@ -83,12 +84,12 @@ class ShardCoordinator:
 
 
 def start_coordinator(
-    name: str, store: ObjectStore, shards_url: str | None = None, work: Work | None = None
+    name: str, store: ObjectStore, folders: Sequence[str] = (), work: Work | None = None
 ) -> Any:
     """Start the named actor, or the handle of the one that already runs."""
     actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(ShardCoordinator)
     return actor.options(name=name, namespace=NAMESPACE, get_if_exists=True).remote(
-        store, shards_url, work
+        store, folders, work
     )
 
 

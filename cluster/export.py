@@ -81,7 +81,7 @@ def export_features(
     work = Work(stems, join(out_url, source), ".parquet")
     with ray_session(num_cpus=num_workers):
         name = f"export-{uuid.uuid4().hex[:8]}"
-        coordinator = start_coordinator(name, store, shards_url, work)
+        coordinator = start_coordinator(name, store, (shards_url,), work)
         workers = [_start_worker(store, load, trained.sha256, work) for _ in range(num_workers)]
         try:
             state, _ = run_workers(workers, coordinator, on_progress)
@@ -101,16 +101,14 @@ def export_features(
     return manifest
 
 
-def encode_shard(
-    store: ObjectStore, trained: TrainedEncoder, index: ShardIndex, shard: Shard
-) -> bytes:
+def encode_shard(store: ObjectStore, trained: TrainedEncoder, shard: Shard) -> bytes:
     """The Parquet part of one shard.
 
     Raises:
         ShardMismatchError: the tar is not the one that was indexed.
         DecodeError: an image cannot be used.
     """
-    samples = read_shard(store, index, shard)
+    samples = read_shard(store, shard)
     with ThreadPoolExecutor(DECODE_THREADS) as pool:
         images = list(
             pool.map(lambda sample: decode_sample(sample, trained.image_size_px), samples)
@@ -201,7 +199,7 @@ class _ExportWorker:
         shards = {shard.name.removesuffix(".tar"): shard for shard in index.shards}
 
         def export(stem: str) -> None:
-            part = encode_shard(self._store, self._trained, index, shards[stem])
+            part = encode_shard(self._store, self._trained, shards[stem])
             self._store.write(self._work.result_url(stem), part)
 
         work_off(name, coordinator, export)

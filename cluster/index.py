@@ -105,7 +105,8 @@ def verify_set(
         IndexingFailedError: the store or Ray failed.
     """
     listing = store.list(index.url)
-    problems = changed_shards(index, listing)
+    problems = {shard.name: problem for shard, problem in changed_shards(index, listing).items()}
+    problems |= _without_members(index, listing)
     if deep:
         names = [shard.name for shard in index.shards if shard.name not in problems]
         task = partial(_verify_one, {shard.name: shard for shard in index.shards})
@@ -113,6 +114,15 @@ def verify_set(
         problems |= {name: problem for name, problem in found.items() if problem}
     problems |= _unindexed(index, listing) | _repeated(index)
     return [f"{name} {problem}" for name, problem in sorted(problems.items())]
+
+
+def _without_members(index: ShardIndex, listing: list[ObjectInfo]) -> dict[str, str]:
+    there = {info.url for info in listing}
+    return {
+        shard.name: "has lost its member table; index the shard set again"
+        for shard in index.shards
+        if shard.members_url not in there
+    }
 
 
 def _unindexed(index: ShardIndex, listing: list[ObjectInfo]) -> dict[str, str]:
@@ -189,7 +199,7 @@ def _known_line(store: ObjectStore, url: str, name: str, info: ObjectInfo) -> In
     """What an earlier indexing of the same tar found. Local files have no ETag: read again."""
     try:
         data = store.read(join(url, members_name(name)))
-        shard, interleaved = shard_of_members(data)
+        shard, interleaved = shard_of_members(url, data)
     except (ObjectMissingError, pa.ArrowException, KeyError, ValueError):
         return None
     same = (shard.name, shard.size_bytes, shard.etag) == (name, info.size_bytes, info.etag)
@@ -200,7 +210,7 @@ def _verify_one(shards: dict[str, Shard], store: ObjectStore, url: str, name: st
     """What is wrong with one tar, byte for byte; "" for nothing."""
     shard = shards[name]
     try:
-        table = read_members(store, ShardIndex(url, [shard]), shard)
+        table = read_members(store, shard)
     except (ShardMismatchError, ObjectMissingError) as error:
         return f"has no usable member table ({error})"
     with _mapped(store, join(url, name)) as tar:

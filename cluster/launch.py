@@ -62,7 +62,7 @@ def launch_training(
         num_gpus=cluster.num_workers if cluster.use_gpu else 0,
     ):
         coordinator = start_coordinator(
-            _coordinator_name(config), open_store(config), config.data.shards
+            _coordinator_name(config), open_store(config), config.data.folders
         )
         result_of(coordinator.index.remote())
         watching = _watch(coordinator, on_progress)
@@ -86,7 +86,7 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
         task = task.model_copy(update={"backbone": backbone})
     if isinstance(task, DitiTask) and task.start_from is not None:
         task = task.model_copy(update={"start_from": absolute(task.start_from)})
-    data = config.data.model_copy(update={"shards": absolute(config.data.shards)})
+    data = config.data.moved(absolute)
     return config.model_copy(update={"output": absolute(config.output), "data": data, "task": task})
 
 

@@ -7,7 +7,7 @@ by `pretrain.preflight` and `pretrain.run_plan` before a run starts.
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
@@ -105,11 +105,21 @@ class StoreConfig(Section):
     """A single attempt may take this long."""
 
 
+class SourceConfig(Section):
+    """One of several shard sets that are trained on together."""
+
+    shards: Url
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """Its share of every batch, in proportion to the other sources' weights."""
+
+
 class DataConfig(Section):
     """Which images, and how they are dealt out."""
 
-    shards: Url
+    shards: Url | None = None
     """Folder of WebDataset tars with their index (s3://bucket/prefix or a local path)."""
+    sources: dict[str, SourceConfig] = {}
+    """Instead of `shards`: several such folders by names of your choice, mixed by weight."""
     image_size_px: PositiveInt
     """Side of the square the encoder and the backbone see; images are resized to it."""
     lanes: PositiveInt | None = None
@@ -126,6 +136,36 @@ class DataConfig(Section):
     cannot be used, before the run stops."""
     prefetch_batches: PositiveInt = 4
     """Decoded micro-batches held ready, per rank; bounds the loader's memory."""
+
+    @model_validator(mode="after")
+    def _one_way_to_say_which(self) -> Self:
+        if (self.shards is None) == (not self.sources):
+            raise ValueError(
+                "give either shards (one folder) or sources (several: "
+                "{NAME: {shards: URL, weight: 1}, ...})"
+            )
+        return self
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """URLs of the shard sets; sources in the order of their names."""
+        if self.shards is not None:
+            return (self.shards,)
+        return tuple(config.shards for _, config in sorted(self.sources.items()))
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Of the sources, in the same order; none where there is only one folder."""
+        return tuple(config.weight for _, config in sorted(self.sources.items()))
+
+    def moved(self, move: Callable[[str], str]) -> Self:
+        """The same with every folder's URL replaced by what `move` makes of it."""
+        sources = {
+            name: config.model_copy(update={"shards": move(config.shards)})
+            for name, config in self.sources.items()
+        }
+        shards = None if self.shards is None else move(self.shards)
+        return self.model_copy(update={"shards": shards, "sources": sources})
 
 
 class UNetConfig(Section):

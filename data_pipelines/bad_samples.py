@@ -16,7 +16,8 @@ from data_pipelines.object_store import (
     ObjectMissingError,
     ObjectTooShortError,
 )
-from data_pipelines.sample_order import SampleOrder, mix64
+from data_pipelines.sample_mix import Order
+from data_pipelines.sample_order import mix64
 from data_pipelines.tar_members import ShardMismatchError
 
 BAD_SAMPLE_ERRORS = (DecodeError, ShardMismatchError, ObjectMissingError, ObjectTooShortError)
@@ -36,9 +37,13 @@ class DeadLetter:
 
     position: int
     shard: str
+    """URL of the tar."""
     row: int
     key: str
-    """ "" where the member table could not be read either."""
+    """ "" where the member table cannot be read either; then `start` and `end` are 0."""
+    start: int
+    end: int
+    """Bytes [start, end) of the tar hold the members that were wanted."""
     cause: str
     reason: str
 
@@ -64,7 +69,7 @@ def cause_of(error: Exception) -> str:
             raise error
 
 
-def candidates(order: SampleOrder, position: int) -> Iterator[tuple[int, int]]:
+def candidates(order: Order, position: int) -> Iterator[tuple[int, int]]:
     """(shard, row) of the samples to try at `position`: its own first, then substitutes."""
     size = order.samples_per_epoch
     yield _located(order, position)
@@ -73,7 +78,7 @@ def candidates(order: SampleOrder, position: int) -> Iterator[tuple[int, int]]:
         yield _located(order, position - position % size + other)
 
 
-def _located(order: SampleOrder, position: int) -> tuple[int, int]:
+def _located(order: Order, position: int) -> tuple[int, int]:
     shards, rows = order.locate(position)
     return int(shards[0]), int(rows[0])
 

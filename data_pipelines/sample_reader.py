@@ -22,7 +22,7 @@ from data_pipelines.bad_samples import (
     cause_of,
 )
 from data_pipelines.object_store import ObjectStore
-from data_pipelines.sample_order import SampleOrder
+from data_pipelines.sample_mix import Order
 from data_pipelines.shard_index import Shard, ShardIndex, read_members
 from data_pipelines.tar_members import MemberTable, ShardMismatchError, row_span
 
@@ -57,16 +57,16 @@ def member_sample(
     return sample
 
 
-def read_shard(store: ObjectStore, index: ShardIndex, shard: Shard) -> list[Sample]:
+def read_shard(store: ObjectStore, shard: Shard) -> list[Sample]:
     """Every raw sample of one shard, in order of row, from one read of the whole tar.
 
     Raises:
         ShardMismatchError: the tar is not the one that was indexed.
     """
-    url = index.url_of(shard)
-    table, tar = read_members(store, index, shard), store.read(url)
+    table, tar = read_members(store, shard), store.read(shard.url)
     return [
-        member_sample(table, row, url, tar, 0, table.extensions) for row in range(shard.num_samples)
+        member_sample(table, row, shard.url, tar, 0, table.extensions)
+        for row in range(shard.num_samples)
     ]
 
 
@@ -90,7 +90,11 @@ class Substitutes:
     """
 
     def __init__(
-        self, store: ObjectStore, index: ShardIndex, order: SampleOrder, extensions: Sequence[str]
+        self,
+        store: ObjectStore,
+        index: ShardIndex,
+        order: Order,
+        extensions: Sequence[str],
     ) -> None:
         self._store, self._index, self._order = store, index, order
         self._extensions = extensions
@@ -104,15 +108,13 @@ class Substitutes:
             start: Sample = {
                 "__position__": position,
                 "__letters__": letters,
-                "__shard__": shard.name,
+                "__shard__": shard.url,
                 "__row__": row,
             }
             try:
-                url, table = (
-                    self._index.url_of(shard),
-                    read_members(self._store, self._index, shard),
-                )
-                return start | read_sample(self._store, url, table, row, self._extensions)
+                table = read_members(self._store, shard)
+                start |= _where(table, row, self._extensions)
+                return start | read_sample(self._store, shard.url, table, row, self._extensions)
             except BAD_SAMPLE_ERRORS as another:
                 letters = (*letters, _dead_letter(start, another))
         raise TooManyBadSamplesError(
@@ -121,12 +123,20 @@ class Substitutes:
         )
 
 
+def _where(table: MemberTable, row: int, extensions: Sequence[str] | None) -> Sample:
+    """What a dead letter says of a sample: its key, and the bytes that were wanted."""
+    span = row_span(table, row, row + 1, table.those_of(extensions))
+    return {"__key__": table.keys[row], "__span__": span}
+
+
 def _dead_letter(sample: Sample, error: Exception) -> DeadLetter:
     return DeadLetter(
         position=sample["__position__"],
         shard=sample["__shard__"],
         row=sample["__row__"],
         key=sample.get("__key__", ""),
+        start=sample.get("__span__", (0, 0))[0],
+        end=sample.get("__span__", (0, 0))[1],
         cause=cause_of(error),
         reason=str(error),
     )
@@ -145,7 +155,7 @@ class PositionedSamples:
         self,
         store: ObjectStore,
         index: ShardIndex,
-        order: SampleOrder,
+        order: Order,
         blocks: Iterable[NDArray[np.int64]],
         extensions: Sequence[str] | None = None,
         replace: Substitutes | None = None,
@@ -190,9 +200,7 @@ class PositionedSamples:
 
     def _table(self, shard: int, pool: ThreadPoolExecutor) -> Future[MemberTable]:
         if shard not in self._tables:
-            self._tables[shard] = pool.submit(
-                read_members, self._store, self._index, self._index.shards[shard]
-            )
+            self._tables[shard] = pool.submit(read_members, self._store, self._index.shards[shard])
         self._tables.move_to_end(shard)
         return self._tables[shard]
 
@@ -201,7 +209,7 @@ class PositionedSamples:
         first = window * self._order.window_rows
         last = min(first + self._order.window_rows, shard.num_samples)
         start, end = row_span(members, first, last, members.those_of(self._extensions))
-        return self._store.read(self._index.url_of(shard), start, end), start
+        return self._store.read(shard.url, start, end), start
 
     def _collect(
         self,
@@ -212,14 +220,15 @@ class PositionedSamples:
             shard = self._index.shards[number]
             start: Sample = {
                 "__position__": int(position),
-                "__shard__": shard.name,
+                "__shard__": shard.url,
                 "__row__": row,
             }
             try:
+                members = table.result()
+                start |= _where(members, row, self._extensions)
                 window, base = content.result()
-                members, url = table.result(), self._index.url_of(shard)
                 extensions = members.those_of(self._extensions)
-                read = member_sample(members, row, url, window, base, extensions)
+                read = member_sample(members, row, shard.url, window, base, extensions)
             except BAD_SAMPLE_ERRORS as error:
                 if self._replace is None:
                     raise

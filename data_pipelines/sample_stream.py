@@ -24,7 +24,8 @@ from configs.schema import DataConfig
 from data_pipelines.bad_samples import DeadLetter
 from data_pipelines.decoding import DecodeError, decode_image
 from data_pipelines.object_store import ObjectStore
-from data_pipelines.sample_order import SampleOrder, batch_positions
+from data_pipelines.sample_mix import Order
+from data_pipelines.sample_order import batch_positions
 from data_pipelines.sample_reader import PositionedSamples, Sample, Substitutes, looking_ahead
 from data_pipelines.shard_index import ShardIndex
 
@@ -48,7 +49,7 @@ class Batch:
 def open_stream(
     store: ObjectStore,
     index: ShardIndex,
-    order: SampleOrder,
+    order: Order,
     data: DataConfig,
     *,
     global_batch: int,

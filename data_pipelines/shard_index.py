@@ -10,8 +10,10 @@ check what arrives, so a tar that was cut, replaced or removed is a named error,
 
 import hashlib
 import io
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, overload
 
 import numpy as np
@@ -47,6 +49,8 @@ _SCHEMA = pa.schema(
 class Shard:
     """One tar as it was when it was indexed."""
 
+    folder: str
+    """URL of its shard set; not part of what is indexed, so that a set can be copied."""
     name: str
     size_bytes: int
     etag: str
@@ -56,8 +60,12 @@ class Shard:
     """Of the member table's content."""
 
     @property
-    def members_name(self) -> str:
-        return members_name(self.name)
+    def url(self) -> str:
+        return join(self.folder, self.name)
+
+    @property
+    def members_url(self) -> str:
+        return join(self.folder, members_name(self.name))
 
 
 def members_name(tar_name: str) -> str:
@@ -66,30 +74,40 @@ def members_name(tar_name: str) -> str:
 
 
 class ShardIndex:
-    """A shard set: folder URL and shards in the order that positions refer to.
+    """A shard set, or several one after the other: shards in the order that positions refer to.
 
     Kept in columns, because a set may have hundreds of thousands of shards.
     """
 
     def __init__(self, url: str, shards: "Iterable[Shard] | pa.Table") -> None:
-        self.url = url
         self.table: pa.Table = shards if isinstance(shards, pa.Table) else _table_of(shards)
+        self.folders: tuple[tuple[str, int], ...] = ((url, len(self.table)),)
+        """URL and number of shards of each set."""
+
+    @classmethod
+    def joined(cls, sets: "Sequence[ShardIndex]") -> "ShardIndex":
+        """The shards of several sets as one."""
+        both = cls("", pa.concat_tables([each.table for each in sets]))
+        both.folders = tuple(folder for each in sets for folder in each.folders)
+        return both
 
     def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, ShardIndex)
-            and self.url == other.url
+            and self.folders == other.folders
             and self.table.equals(other.table)
         )
 
     __hash__ = None  # pyright: ignore[reportAssignmentType]
 
     @property
-    def shards(self) -> "ShardRows":
-        return ShardRows(self.table)
+    def url(self) -> str:
+        """Of its folder; of several, to be read by people."""
+        return " and ".join(url for url, _ in self.folders)
 
-    def url_of(self, shard: Shard) -> str:
-        return join(self.url, shard.name)
+    @property
+    def shards(self) -> "ShardRows":
+        return ShardRows(self.table, self.folders)
 
     @property
     def sizes(self) -> NDArray[np.int64]:
@@ -104,6 +122,8 @@ class ShardIndex:
     def digest(self) -> str:
         """SHA-256 of content and order, not of place: a copy elsewhere has the same digest."""
         digest = hashlib.sha256()
+        for _, shards in self.folders[:-1]:  # where one set ends and the next begins
+            digest.update(f"{shards}\0".encode())
         columns = ("name", "num_samples", "sha256", "members_sha256")
         for name, samples, tar, members in zip(
             *(self.table[column].to_pylist() for column in columns), strict=True
@@ -115,8 +135,10 @@ class ShardIndex:
 class ShardRows(Sequence[Shard]):
     """The rows of an index, made into `Shard`s one by one as they are asked for."""
 
-    def __init__(self, table: pa.Table) -> None:
-        self._columns = [table[name] for name in Shard.__dataclass_fields__]
+    def __init__(self, table: pa.Table, folders: Sequence[tuple[str, int]]) -> None:
+        self._columns = [table[name] for name in _SCHEMA.names]
+        self._folders = [url for url, _ in folders]
+        self._ends = list(accumulate(shards for _, shards in folders))
 
     def __len__(self) -> int:
         return len(self._columns[0])
@@ -128,11 +150,17 @@ class ShardRows(Sequence[Shard]):
     def __getitem__(self, number: int | slice) -> Shard | list[Shard]:
         if isinstance(number, slice):
             return [self[n] for n in range(*number.indices(len(self)))]
-        return _shard_of(column[number].as_py() for column in self._columns)
+        number = range(len(self))[number]
+        values = (column[number].as_py() for column in self._columns)
+        return _shard_of(self._folder_of(number), values)
 
     def __iter__(self) -> Iterator[Shard]:
         lists = (column.to_pylist() for column in self._columns)
-        return map(_shard_of, zip(*lists, strict=True))
+        for number, values in enumerate(zip(*lists, strict=True)):
+            yield _shard_of(self._folder_of(number), values)
+
+    def _folder_of(self, number: int) -> str:
+        return self._folders[bisect_right(self._ends, number)]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ShardRows) and list(self) == list(other)
@@ -140,10 +168,10 @@ class ShardRows(Sequence[Shard]):
     __hash__ = None  # pyright: ignore[reportAssignmentType]
 
 
-def _shard_of(values: Iterable[Any]) -> Shard:
+def _shard_of(folder: str, values: Iterable[Any]) -> Shard:
     """A row of the table, whose digests are bytes."""
     name, size_bytes, etag, sha256, num_samples, members_sha256 = values
-    return Shard(name, size_bytes, etag, sha256.hex(), num_samples, members_sha256.hex())
+    return Shard(folder, name, size_bytes, etag, sha256.hex(), num_samples, members_sha256.hex())
 
 
 def _table_of(shards: Iterable[Shard]) -> pa.Table:
@@ -181,6 +209,7 @@ def _publish_members(
 ) -> tuple[Shard, int]:
     """Write the member table of a tar, with the tar's line of the index in its metadata."""
     shard = Shard(
+        folder=url,
         name=name,
         size_bytes=len(tar),
         etag=etag,
@@ -188,21 +217,22 @@ def _publish_members(
         num_samples=len(table.keys),
         members_sha256=table.digest,
     )
-    notes = {field: str(getattr(shard, field)) for field in Shard.__dataclass_fields__}
+    notes = {field: str(getattr(shard, field)) for field in _SCHEMA.names}
     interleaved = table.num_interleaved
     notes["num_interleaved"] = str(interleaved)
-    store.write(join(url, shard.members_name), members_to_parquet(table, notes))
+    store.write(shard.members_url, members_to_parquet(table, notes))
     return shard, interleaved
 
 
-def shard_of_members(data: bytes) -> tuple[Shard, int]:
-    """What `index_shard` returned when it wrote this file.
+def shard_of_members(url: str, data: bytes) -> tuple[Shard, int]:
+    """What `index_shard` returned when it wrote this file of the set at `url`.
 
     Raises:
         pyarrow.ArrowException, KeyError, ValueError: it is no such file.
     """
     notes = notes_of_parquet(data)
     shard = Shard(
+        folder=url,
         name=notes["name"],
         size_bytes=int(notes["size_bytes"]),
         etag=notes["etag"],
@@ -241,7 +271,7 @@ def read_index(store: ObjectStore, url: str) -> ShardIndex:
         data = store.read(where)
     except ObjectMissingError as error:
         raise ObjectMissingError(
-            f"no shard index at {where}; check data.shards, or index the tars there with "
+            f"no shard index at {where}; check the URL, or index the tars there with "
             f"`diti data index`"
         ) from error
     try:
@@ -257,13 +287,20 @@ def read_index(store: ObjectStore, url: str) -> ShardIndex:
     return ShardIndex(url, table)
 
 
-def read_members(store: ObjectStore, index: ShardIndex, shard: Shard) -> MemberTable:
+def read_sets(store: ObjectStore, urls: Sequence[str]) -> ShardIndex:
+    """The index of one shard set, or of several as one."""
+    if len(urls) == 1:
+        return read_index(store, urls[0])
+    return ShardIndex.joined([read_index(store, url) for url in urls])
+
+
+def read_members(store: ObjectStore, shard: Shard) -> MemberTable:
     """The member table of one shard, checked against the index.
 
     Raises:
         ShardMismatchError: it is another table than the one that was indexed.
     """
-    where = join(index.url, shard.members_name)
+    where = shard.members_url
     data = store.read(where)
     try:
         table = members_from_parquet(data)
@@ -285,13 +322,21 @@ def verify_listing(store: ObjectStore, index: ShardIndex) -> None:
     Raises:
         ShardMismatchError: naming every shard that is missing, cut, or was replaced.
     """
-    if changed := changed_shards(index, store.list(index.url)):
+    if changed := changed_shards(index, listing_of(store, index)):
         raise shards_changed(index, changed)
 
 
-def shards_changed(index: ShardIndex, changed: Mapping[str, str]) -> ShardMismatchError:
+def listing_of(store: ObjectStore, index: ShardIndex) -> list[ObjectInfo]:
+    """What the store has in the folders of the index."""
+    return [info for url, _ in index.folders for info in store.list(url)]
+
+
+def shards_changed(index: ShardIndex, changed: Mapping[Shard, str]) -> ShardMismatchError:
     """The error that names them, for what `changed_shards` found."""
-    problems = [f"{name} {problem}" for name, problem in changed.items()]
+    one_folder = len(index.folders) == 1
+    problems = [
+        f"{shard.name if one_folder else shard.url} {problem}" for shard, problem in changed.items()
+    ]
     more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
     return ShardMismatchError(
         f"shards at {index.url} do not match their index: {'; '.join(problems[:10])}{more}. "
@@ -299,16 +344,16 @@ def shards_changed(index: ShardIndex, changed: Mapping[str, str]) -> ShardMismat
     )
 
 
-def changed_shards(index: ShardIndex, listing: Iterable[ObjectInfo]) -> dict[str, str]:
+def changed_shards(index: ShardIndex, listing: Iterable[ObjectInfo]) -> dict[Shard, str]:
     """Shards whose existence, size or ETag is not what the index says, and what is wrong."""
     found = {info.url: info for info in listing}
-    problems: dict[str, str] = {}
+    problems: dict[Shard, str] = {}
     for shard in index.shards:
-        info = found.get(join(index.url, shard.name))
+        info = found.get(shard.url)
         if info is None:
-            problems[shard.name] = "is missing"
+            problems[shard] = "is missing"
         elif info.size_bytes != shard.size_bytes:
-            problems[shard.name] = f"has {info.size_bytes} bytes instead of {shard.size_bytes}"
+            problems[shard] = f"has {info.size_bytes} bytes instead of {shard.size_bytes}"
         elif shard.etag and info.etag and info.etag != shard.etag:
-            problems[shard.name] = f"was replaced (ETag {info.etag}, not {shard.etag})"
+            problems[shard] = f"was replaced (ETag {info.etag}, not {shard.etag})"
     return problems

@@ -15,6 +15,7 @@ import re
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ MAY_CHANGE = (
     "cluster.max_failures",
     "cluster.cpus_per_worker",
     "data.shards",
+    "data.sources.*.shards",
     "data.decode_threads",
     "data.prefetch_batches",
     "engine.attention",
@@ -316,7 +318,7 @@ def _different(what: str, before: Any, now: Any) -> list[str]:
 
 
 def _may_change(key: str) -> bool:
-    return any(key == allowed or key.startswith(allowed + ".") for allowed in MAY_CHANGE)
+    return any(fnmatchcase(key, name) or fnmatchcase(key, f"{name}.*") for name in MAY_CHANGE)
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -3,10 +3,19 @@
 import logging
 from dataclasses import dataclass
 
+import numpy as np
+
 from configs.schema import DitiTask, RunConfig
 from data_pipelines.object_store import ObjectStore, join
+from data_pipelines.sample_mix import Order, SampleMix
 from data_pipelines.sample_order import SampleOrder
-from data_pipelines.shard_index import ShardIndex, changed_shards, read_index, shards_changed
+from data_pipelines.shard_index import (
+    ShardIndex,
+    changed_shards,
+    listing_of,
+    read_sets,
+    shards_changed,
+)
 from pretrain import checkpoint
 from pretrain.backbone import load_backbone, shapes_of
 from pretrain.diti import DiTi
@@ -42,11 +51,23 @@ def run_url(config: RunConfig) -> str:
     return join(config.output, config.name)
 
 
-def sample_order(config: RunConfig, index: ShardIndex) -> SampleOrder:
-    """The order in which this run sees the samples of `index`."""
-    lanes = config.data.lanes or config.train.global_batch
-    return SampleOrder(
-        index.sizes, seed=config.seed, lanes=lanes, window_rows=config.data.window_rows
+def sample_order(config: RunConfig, index: ShardIndex) -> Order:
+    """The order in which this run sees the samples of `index`.
+
+    Raises:
+        ValueError: there are fewer lanes than the weights of `data.sources` need.
+    """
+    data = config.data
+    lanes = data.lanes or config.train.global_batch
+    if not data.sources:
+        return SampleOrder(index.sizes, seed=config.seed, lanes=lanes, window_rows=data.window_rows)
+    ends = np.cumsum([shards for _, shards in index.folders])
+    return SampleMix(
+        np.split(index.sizes, ends[:-1]),
+        data.weights,
+        seed=config.seed,
+        lanes=lanes,
+        window_rows=data.window_rows,
     )
 
 
@@ -71,11 +92,12 @@ def preflight(config: RunConfig, world_size: int) -> Preflight:
     plan = plan_run(config.train, world_size)
     store = open_store(config)
     store.check_access(run_url(config), write=True)
-    index = read_index(store, config.data.shards)
+    index = read_sets(store, config.data.folders)
+    sample_order(config, index)
     _check_listing(config, store, index)
     if config.train.global_batch > index.num_samples:
         raise ValueError(
-            f"train.global_batch is {config.train.global_batch}, but {config.data.shards} has only "
+            f"train.global_batch is {config.train.global_batch}, but {index.url} has only "
             f"{index.num_samples} images; use a smaller batch or a larger set"
         )
     newest = checkpoint.newest(store, run_url(config))
@@ -102,9 +124,9 @@ def preflight(config: RunConfig, world_size: int) -> Preflight:
 
 def _check_listing(config: RunConfig, store: ObjectStore, index: ShardIndex) -> None:
     """Refuse changed shards, unless the run's budget for bad samples has room for all of theirs."""
-    changed = changed_shards(index, store.list(index.url))
-    lost = sum(shard.num_samples for shard in index.shards if shard.name in changed)
+    changed = changed_shards(index, listing_of(store, index))
+    lost = sum(shard.num_samples for shard in changed)
     if lost > config.data.error_budget * index.num_samples:
         raise shards_changed(index, changed)
-    for name, problem in changed.items():
-        _log.warning("%s %s; its samples will be replaced (data.error_budget)", name, problem)
+    for shard, problem in changed.items():
+        _log.warning("%s %s; its samples will be replaced (data.error_budget)", shard.url, problem)

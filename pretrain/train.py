@@ -19,9 +19,10 @@ from torch import Tensor
 from configs.schema import DitiTask, RunConfig
 from data_pipelines.bad_samples import TooManyBadSamplesError
 from data_pipelines.object_store import ObjectStore
-from data_pipelines.sample_order import SampleOrder, mix64
+from data_pipelines.sample_mix import Order
+from data_pipelines.sample_order import mix64
 from data_pipelines.sample_stream import Batch, open_stream
-from data_pipelines.shard_index import ShardIndex, read_index
+from data_pipelines.shard_index import ShardIndex, read_sets
 from pretrain import checkpoint
 from pretrain.attention import choose_kernel
 from pretrain.backbone import load_backbone
@@ -94,7 +95,7 @@ def run(
     world = join_world()
     store = open_store(config)
     plan = plan_run(config.train, world.size)
-    index = index or read_index(store, config.data.shards)
+    index = index or read_sets(store, config.data.folders)
     order = sample_order(config, index)
     newest = checkpoint.newest_for_all(store, run_url(config), world)
 
@@ -188,7 +189,7 @@ def _check(progress: Progress, budget: ErrorBudget, saver: Saver) -> None:
 def _open_batches(
     store: ObjectStore,
     index: ShardIndex,
-    order: SampleOrder,
+    order: Order,
     config: RunConfig,
     plan: RunPlan,
     world: World,

@@ -41,7 +41,7 @@ class Labels:
 
 def iter_samples(store: ObjectStore, index: ShardIndex) -> Iterator[Sample]:
     """Every raw sample of a shard set, in order, shard by shard."""
-    return (sample for shard in index.shards for sample in read_shard(store, index, shard))
+    return (sample for shard in index.shards for sample in read_shard(store, shard))
 
 
 def read_samples(store: ObjectStore, index: ShardIndex) -> list[Sample]:

@@ -16,7 +16,7 @@ from data_pipelines.bad_samples import (
 from data_pipelines.object_store import ObjectStore, join
 from data_pipelines.sample_reader import read_sample
 from data_pipelines.sample_stream import IMAGE_EXTENSIONS, decode_sample
-from data_pipelines.shard_index import Shard, ShardIndex, read_index, read_members
+from data_pipelines.shard_index import Shard, read_members, read_sets
 from data_pipelines.tar_members import MemberTable
 from pretrain import checkpoint
 
@@ -40,15 +40,14 @@ def repair(store: ObjectStore, run_url: str) -> Repaired:
         ValueError: a letter is none, or the shard set is another one now.
     """
     config = checkpoint.run_of(checkpoint.find(store, run_url, None))
-    index = read_index(store, config.data.shards)
-    shards = {shard.name: shard for shard in index.shards}
+    shards = {shard.url: shard for shard in read_sets(store, config.data.folders).shards}
     # Letters of one shard mostly follow each other.
-    members_of = lru_cache(maxsize=1)(partial(read_members, store, index))
+    members_of = lru_cache(maxsize=1)(partial(read_members, store))
     mended, still_bad = 0, Counter[str]()
     for info in store.list(join(run_url, DEAD_LETTERS)):
         letters = from_json_lines(store.read(info.url).decode())
         causes = [
-            _cause_now(store, config, index, shards.get(letter.shard), letter.row, members_of)
+            _cause_now(store, config, shards.get(letter.shard), letter.row, members_of)
             for letter in letters
         ]
         kept = [letter for letter, cause in zip(letters, causes, strict=True) if cause]
@@ -64,7 +63,6 @@ def repair(store: ObjectStore, run_url: str) -> Repaired:
 def _cause_now(
     store: ObjectStore,
     config: RunConfig,
-    index: ShardIndex,
     shard: Shard | None,
     row: int,
     members_of: Callable[[Shard], MemberTable],
@@ -73,8 +71,7 @@ def _cause_now(
     if shard is None or row >= shard.num_samples:
         return "no longer in the index"
     try:
-        url = index.url_of(shard)
-        sample = read_sample(store, url, members_of(shard), row, IMAGE_EXTENSIONS)
+        sample = read_sample(store, shard.url, members_of(shard), row, IMAGE_EXTENSIONS)
         decode_sample(sample, config.data.image_size_px)
     except BAD_SAMPLE_ERRORS as error:
         return cause_of(error)

@@ -336,3 +336,11 @@ def test_another_process_computes_the_same_digest(tmp_path: Path):
         check=True,
     )
     assert done.stdout.strip() == digest(parse_run(MINIMAL))
+
+
+@pytest.mark.parametrize(
+    "data", ["{image_size_px: 64}", "{image_size_px: 64, shards: a, sources: {b: {shards: c}}}"]
+)
+def test_shards_come_from_one_folder_or_from_sources(data: str):
+    with pytest.raises(ConfigError, match=r"data: give either shards \(one folder\) or sources"):
+        parse_run(f"data: {data}")

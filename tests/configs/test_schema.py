@@ -29,6 +29,7 @@ ROOT = Path(schema.__file__).parents[1]
 SHA256 = "0" * 64
 MINIMAL: dict[str, dict[str, Any]] = {
     "DataConfig": {"shards": "s3://bucket/shards", "image_size_px": 64},
+    "SourceConfig": {"shards": "s3://bucket/shards"},
     "BackboneConfig": {"weights": "builtin/avatars32", "sha256": SHA256},
     "DitiTask": {"kind": "diti", "backbone": {"weights": "x.safetensors", "sha256": SHA256}},
     "DenoiserTask": {"kind": "denoiser", "unet": {}},
@@ -314,7 +315,7 @@ def test_every_section_hangs_somewhere():
 
 
 def test_every_field_is_read_by_the_product():
-    folders = ("pretrain", "data_pipelines", "cluster", "tools")
+    folders = ("configs", "pretrain", "data_pipelines", "cluster", "tools")
     files = [file for folder in folders for file in (ROOT / folder).rglob("*.py")]
     code = "\n".join(file.read_text(encoding="utf-8") for file in files)
     assert unread_fields(RunConfig, code) == []

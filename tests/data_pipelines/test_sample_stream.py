@@ -313,7 +313,7 @@ def check_replaced(index: ShardIndex, bad: set[str], cause: str, reason: str) ->
     assert {letter.position for letter in letters} == set(places)
     first = {letter.position: letter for letter in reversed(letters)}
     for position, letter in first.items():
-        assert sample_key(int(letter.shard[:5]), letter.row) == places[position]
+        assert sample_key(int(letter.shard[-9:-4]), letter.row) == places[position]
         assert letter.cause == cause
         assert re.search(reason, letter.reason), letter.reason
     halves = [epoch_of(index, rank=rank, world_size=2, micro_batch=6) for rank in (0, 1)]

@@ -4,6 +4,7 @@ import hashlib
 import json
 import tarfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,7 @@ def test_what_is_returned_describes_what_was_written(store: ObjectStore, s3_url:
     assert shard.etag == store.stat(join(s3_url, "00003.tar")).etag
     index = write_index(store, s3_url, [shard])
     verify_listing(store, index)
-    table = read_members(store, index, shard)
+    table = read_members(store, shard)
     assert table.keys == ("000030000", "000030001")
     start = int(table.offsets["jpg"][1])
     assert tar[start : start + int(table.sizes["jpg"][1])] == SAMPLES[1][0]
@@ -81,7 +82,7 @@ def test_the_same_samples_make_the_same_bytes_at_any_time(
     monkeypatch.setenv("USER", "somebody-else")
     unordered = [(jpeg, dict(reversed(described.items()))) for jpeg, described in SAMPLES]
     second = write_shard(STORE, str(tmp_path / "b"), 3, unordered)
-    assert first == second
+    assert replace(first, folder=second.folder) == second
     files = [Path(tmp_path, side, "00003.tar").read_bytes() for side in "ab"]
     assert files[0] == files[1]
     assert ShardIndex("a", (first,)).digest == ShardIndex("b", (second,)).digest

@@ -292,6 +292,7 @@ CHANGES = {
     "cluster.max_failures": "cluster.max_failures=9",
     "cluster.cpus_per_worker": "cluster.cpus_per_worker=4",
     "data.shards": "data.shards=s3://copy/train",
+    "data.sources.*.shards": "data.shards=s3://copy/train",
     "data.decode_threads": "data.decode_threads=7",
     "data.prefetch_batches": "data.prefetch_batches=7",
     "engine.attention": "engine.attention=sdpa",
@@ -345,7 +346,7 @@ def test_a_setting_that_decides_nothing_about_the_numbers_may_change(manifest: M
     resume(manifest, config)
     changed = checkpoint.changed_settings(manifest, config)
     assert changed
-    assert all(text.startswith(key) for text in changed)
+    assert all(text.startswith(key.replace("sources.*.", "")) for text in changed)
 
 
 def test_every_setting_that_differs_is_listed_with_both_values(manifest: Manifest):

@@ -13,7 +13,7 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor
 from typer.testing import CliRunner
 
-from configs.schema import RunConfig
+from configs.schema import RunConfig, SourceConfig
 from data_pipelines.bad_samples import (
     DEAD_LETTERS,
     DeadLetter,
@@ -28,7 +28,7 @@ from pretrain.train import Progress, run
 from pretrain.trained import load_diti, load_encoder
 from pretrain.world import World
 from tests.tars import headers
-from tests.tiny_run import make_run
+from tests.tiny_run import make_run, make_shards
 from tools.cli import app
 
 STORE = ObjectStore()
@@ -234,7 +234,9 @@ def test_a_bad_sample_is_replaced_counted_and_named_and_the_rest_is_as_if_it_wer
     assert reports[-1].bad_samples == 1
     assert manifest.bad_samples == {"other bytes than indexed": 1}
     [letter] = letters_of(config)
-    assert (letter.shard, letter.row, letter.key) == ("00001.tar", 5, "")
+    shard = join(config.data.shards, "00001.tar")
+    assert (letter.shard, letter.row, letter.key) == (shard, 5, "000010005")
+    assert whole[letter.start : letter.end] != STORE.read(shard, letter.start, letter.end)
     undisturbed, found = trained_on(good), trained_on(config)
     assert [a for a, b in zip(undisturbed, found, strict=True) if a != b] == ["000010005"]
 
@@ -281,3 +283,49 @@ def test_peak_memory_is_that_of_the_process_and_stays_when_memory_is_freed():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 2 < float(done.stdout) < 4
+
+
+# --- several data sets ----------------------------------------------------------------------------
+
+
+def with_sources(config: RunConfig, folder: Path) -> RunConfig:
+    """The run on its own shards and, a third as often, on a second set."""
+    make_shards(STORE, str(folder / "second"), split="val", shards=2, rows=5)
+    assert config.data.shards is not None
+    sources = {
+        "main": SourceConfig(shards=config.data.shards, weight=3),
+        "more": SourceConfig(shards=str(folder / "second")),
+    }
+    data = config.data.model_copy(update={"shards": None, "sources": sources})
+    return config.model_copy(update={"data": data})
+
+
+def test_sources_are_mixed_by_weight_and_a_resumed_run_goes_on_with_both(tmp_path: Path):
+    config = with_sources(make_run(STORE, str(tmp_path), *SHORT), tmp_path)
+    run_in_two_parts(config, tmp_path)
+    run(config, local_dir=tmp_path)
+    whole = config.model_copy(update={"name": "whole"})
+    run(whole, local_dir=tmp_path)
+    assert trained_on(config) == trained_on(whole)
+    ends = [checkpoint.find(STORE, run_url(each), None) for each in (config, whole)]
+    assert ends[0].files[checkpoint.WEIGHTS_NAME] == ends[1].files[checkpoint.WEIGHTS_NAME]
+
+    again = config.model_copy(update={"data": config.data.moved(lambda url: f"{url}/")})
+    preflight(again, 1)  # a set may have moved
+    more = config.data.sources["more"].model_copy(update={"weight": 2.0})
+    changed = config.data.model_copy(update={"sources": config.data.sources | {"more": more}})
+    with pytest.raises(ValueError, match=r"data\.sources\.more\.weight was 1\.0, is 2\.0"):
+        preflight(config.model_copy(update={"data": changed}), 1)
+
+
+def test_a_shard_missing_from_one_of_the_sources_is_named_with_its_folder(tmp_path: Path):
+    config = with_sources(make_run(STORE, str(tmp_path), *SHORT), tmp_path)
+    STORE.delete(str(tmp_path / "second" / "00001.tar"))
+    with pytest.raises(ShardMismatchError, match=r"second/00001\.tar is missing"):
+        preflight(config, 1)
+
+
+def test_a_weight_below_one_lane_is_refused_before_the_start(tmp_path: Path):
+    config = with_sources(make_run(STORE, str(tmp_path), *SHORT, "data.lanes=1"), tmp_path)
+    with pytest.raises(ValueError, match=r"without any of 1 lanes; use at least data\.lanes=4"):
+        preflight(config, 1)

@@ -201,7 +201,7 @@ def test_subsets_without_a_dimension_give_their_time_steps_to_a_neighbour(tmp_pa
 def test_a_shard_is_encoded_with_an_authors_file(tmp_path: Path) -> None:
     trained = load_published_encoder(write_run(tmp_path))
     index = make_shards(STORE, str(tmp_path / "shards"), shards=1, rows=5)
-    assert encode_shard(STORE, trained, index, index.shards[0])[:4] == b"PAR1"
+    assert encode_shard(STORE, trained, index.shards[0])[:4] == b"PAR1"
 
 
 @pytest.mark.timeout(300)

@@ -51,7 +51,7 @@ def test_the_number_of_processes_changes_nothing(made: ShardIndex, tmp_path: Pat
         SPEC, 7, STORE, str(tmp_path), rows_per_shard=3, workers=1, on_shard=reported.append
     )
     assert alone.digest == made.digest
-    assert alone.shards == made.shards
+    assert alone.table == made.table
     assert sorted(reported) == [1, 3, 3]
 
 
