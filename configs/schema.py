@@ -113,6 +113,14 @@ class SourceConfig(Section):
     """Its share of every batch, in proportion to the other sources' weights."""
 
 
+class CacheConfig(Section):
+    """Fetched ranges of shards kept on a local disk, for later epochs; shared by its processes."""
+
+    folder: str
+    limit_gib: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    """The least recently used ranges go beyond it."""
+
+
 class DataConfig(Section):
     """Which images, and how they are dealt out."""
 
@@ -129,6 +137,9 @@ class DataConfig(Section):
     """Consecutive rows of a shard fetched by one ranged GET and shuffled together."""
     decode_threads: PositiveInt = 2
     """Threads that decode images, per rank."""
+    cache: CacheConfig | None = None
+    crop: Literal["centre", "random"] = "centre"
+    """Which square of an image that is none: the middle, or a place decided by its position."""
     horizontal_flip: bool = False
     """Mirror every other image, decided by its position like the noise."""
     error_budget: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.001

@@ -34,26 +34,31 @@ class DecodeError(ValueError):
     """The bytes are not an image that can be used."""
 
 
-def decode_image(data: bytes, size_px: int) -> NDArray[np.uint8]:
-    """Decode, cut the centre square, resize, turn upright; (size_px, size_px, 3) uint8 RGB.
+def decode_image(data: bytes, size_px: int, place: float = 0.5) -> NDArray[np.uint8]:
+    """Decode, cut a square, resize, turn upright; (size_px, size_px, 3) uint8 RGB.
 
     A JPEG of twice the size and more is decoded at a half, a quarter or an eighth of its scale.
+
+    Args:
+        place: of the square along the longer side, in [0, 1); 0.5 is the centre.
 
     Raises:
         DecodeError: not an image, damaged, or more than MAX_PIXELS.
     """
     is_jpeg = data[:2] == b"\xff\xd8"
     pixels, scale = _decode_jpeg(data, size_px) if is_jpeg else (_decode_other(data), 1.0)
-    square = _resized_square(pixels, size_px, scale)
+    square = _resized_square(pixels, size_px, scale, place)
     metadata = data[:_METADATA_BYTES] if is_jpeg else data
     return _upright(square, data) if any(mark in metadata for mark in _EXIF_MARKS) else square
 
 
-def _resized_square(pixels: NDArray[np.uint8], size_px: int, scale: float) -> NDArray[np.uint8]:
-    """The square that is the centre of the image before it was scaled, to whole pixels of that."""
+def _resized_square(
+    pixels: NDArray[np.uint8], size_px: int, scale: float, place: float
+) -> NDArray[np.uint8]:
+    """The square at its place in the image before it was scaled, to whole pixels of that."""
     height, width = (round(side / scale) for side in pixels.shape[:2])
     side = min(height, width)
-    top, left = (height - side) // 2 * scale, (width - side) // 2 * scale
+    top, left = (int((length - side) * place) * scale for length in (height, width))
     first_row, first_column = math.floor(top), math.floor(left)
     square = pixels[
         first_row : math.ceil(top + side * scale), first_column : math.ceil(left + side * scale)

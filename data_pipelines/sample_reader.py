@@ -22,6 +22,7 @@ from data_pipelines.bad_samples import (
     cause_of,
 )
 from data_pipelines.object_store import ObjectStore
+from data_pipelines.range_cache import RangeCache
 from data_pipelines.sample_mix import Order
 from data_pipelines.shard_index import Shard, ShardIndex, read_members
 from data_pipelines.tar_members import MemberTable, ShardMismatchError, row_span
@@ -149,6 +150,7 @@ class PositionedSamples:
         blocks: arrays of global positions; a few blocks are looked at ahead.
         extensions: of the members that are wanted; others are not even fetched. None wants all.
         replace: makes another sample of one that cannot be read; without it, errors are raised.
+        cache: where ranges are kept for later epochs.
     """
 
     def __init__(
@@ -159,6 +161,7 @@ class PositionedSamples:
         blocks: Iterable[NDArray[np.int64]],
         extensions: Sequence[str] | None = None,
         replace: Substitutes | None = None,
+        cache: RangeCache | None = None,
     ) -> None:
         self._store = store
         self._index = index
@@ -166,6 +169,7 @@ class PositionedSamples:
         self._blocks = blocks
         self._extensions = extensions
         self._replace = replace
+        self._cache = cache
         self._tables: OrderedDict[int, Future[MemberTable]] = OrderedDict()
         self._windows: dict[int, tuple[tuple[int, int], Future[tuple[bytes, int]]]] = {}
 
@@ -209,7 +213,10 @@ class PositionedSamples:
         first = window * self._order.window_rows
         last = min(first + self._order.window_rows, shard.num_samples)
         start, end = row_span(members, first, last, members.those_of(self._extensions))
-        return self._store.read(shard.url, start, end), start
+        if self._cache is None:
+            return self._store.read(shard.url, start, end), start
+        name = f"{shard.sha256}-{start}-{end}"
+        return self._cache.read(name, lambda: self._store.read(shard.url, start, end)), start
 
     def _collect(
         self,

@@ -13,7 +13,9 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import count, islice
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,12 +26,14 @@ from configs.schema import DataConfig
 from data_pipelines.bad_samples import DeadLetter
 from data_pipelines.decoding import DecodeError, decode_image
 from data_pipelines.object_store import ObjectStore
+from data_pipelines.range_cache import RangeCache
 from data_pipelines.sample_mix import Order
-from data_pipelines.sample_order import batch_positions
+from data_pipelines.sample_order import batch_positions, mix64
 from data_pipelines.sample_reader import PositionedSamples, Sample, Substitutes, looking_ahead
 from data_pipelines.shard_index import ShardIndex
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+_CROP = 0xC409  # tells its random numbers from those of the order, which have the same seed
 T = TypeVar("T")
 
 
@@ -67,16 +71,18 @@ def open_stream(
         for batch in count(first_batch)
     )
     replace = Substitutes(store, index, order, IMAGE_EXTENSIONS)
+    cache = data.cache and RangeCache(Path(data.cache.folder), int(data.cache.limit_gib * 2**30))
+    crop = {"place_of": partial(crop_place, order.seed)} if data.crop == "random" else {}
     pipeline = DataPipeline(
-        PositionedSamples(store, index, order, blocks, IMAGE_EXTENSIONS, replace),
-        decoded(data.image_size_px, data.decode_threads, replace),
+        PositionedSamples(store, index, order, blocks, IMAGE_EXTENSIONS, replace, cache),
+        decoded(data.image_size_px, data.decode_threads, replace, **crop),
         batched(micro_batch),
     )
     return prefetched(iter(pipeline), data.prefetch_batches)
 
 
-def decode_sample(sample: Sample, size_px: int) -> NDArray[np.uint8]:
-    """The sample's image, (H, W, 3) uint8.
+def decode_sample(sample: Sample, size_px: int, place: float = 0.5) -> NDArray[np.uint8]:
+    """The sample's image, (H, W, 3) uint8; `place` of the square as in `decode_image`.
 
     Raises:
         DecodeError: naming key and shard.
@@ -84,7 +90,7 @@ def decode_sample(sample: Sample, size_px: int) -> NDArray[np.uint8]:
     for extension in IMAGE_EXTENSIONS:
         if extension in sample:
             try:
-                return decode_image(sample[extension], size_px)
+                return decode_image(sample[extension], size_px, place)
             except DecodeError as error:
                 raise DecodeError(
                     f"sample {sample['__key__']} of {sample['__url__']}: {error}"
@@ -95,19 +101,29 @@ def decode_sample(sample: Sample, size_px: int) -> NDArray[np.uint8]:
     )
 
 
+def crop_place(seed: int, position: int) -> float:
+    """Where along the longer side the sample at `position` is cut, uniform in [0, 1)."""
+    return float(mix64(seed, position, _CROP) >> np.uint64(11)) / 2**53
+
+
 def decoded(
-    size_px: int, threads: int, replace: Substitutes | None = None
+    size_px: int,
+    threads: int,
+    replace: Substitutes | None = None,
+    place_of: Callable[[int], float] = lambda position: 0.5,
 ) -> Callable[[Iterable[Sample]], Iterator[Sample]]:
     """A pipeline stage that adds `image`, decoding in threads, order kept.
 
     Args:
         replace: makes another sample of one that cannot be decoded; without it, errors are raised.
+        place_of: from a position to the place of the square that is cut.
     """
 
     def decode(sample: Sample) -> Sample:
         while True:
             try:
-                return {**sample, "image": decode_sample(sample, size_px)}
+                place = place_of(sample["__position__"])
+                return {**sample, "image": decode_sample(sample, size_px, place)}
             except DecodeError as error:
                 if replace is None:
                     raise

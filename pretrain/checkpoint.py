@@ -37,6 +37,7 @@ MAY_CHANGE = (
     "output",
     "cluster.max_failures",
     "cluster.cpus_per_worker",
+    "data.cache",
     "data.shards",
     "data.sources.*.shards",
     "data.decode_threads",

@@ -29,6 +29,7 @@ ROOT = Path(schema.__file__).parents[1]
 SHA256 = "0" * 64
 MINIMAL: dict[str, dict[str, Any]] = {
     "DataConfig": {"shards": "s3://bucket/shards", "image_size_px": 64},
+    "CacheConfig": {"folder": "/scratch", "limit_gib": 1.0},
     "SourceConfig": {"shards": "s3://bucket/shards"},
     "BackboneConfig": {"weights": "builtin/avatars32", "sha256": SHA256},
     "DitiTask": {"kind": "diti", "backbone": {"weights": "x.safetensors", "sha256": SHA256}},

@@ -22,6 +22,7 @@ from data_pipelines.bad_samples import TooManyBadSamplesError
 from data_pipelines.decoding import DecodeError
 from data_pipelines.local_s3 import LocalS3
 from data_pipelines.object_store import ObjectStore, StoreError, join
+from data_pipelines.range_cache import RangeCache
 from data_pipelines.sample_order import SampleOrder
 from data_pipelines.sample_reader import PositionedSamples, looking_ahead
 from data_pipelines.sample_stream import (
@@ -182,6 +183,43 @@ def test_a_stream_resumed_at_any_batch_goes_on_as_the_undisturbed_one(shared: Sh
             assert one.keys == two.keys
             assert one.positions.tolist() == two.positions.tolist()
             assert (one.images == two.images).all()
+
+
+def test_a_random_crop_is_decided_by_position_and_seed(tmp_path: Path):
+    """Every image is a ramp from left to right: its mean tells where the square was cut."""
+    ramp = np.tile(np.arange(4 * SIDE, dtype=np.uint8)[None, :, None] * 4, (SIDE, 1, 3))
+    jpeg = simplejpeg.encode_jpeg(ramp, quality=95, colorspace="RGB")
+    shard = write_shard(STORE, str(tmp_path), 0, [(jpeg, {}) for _ in range(24)])
+    index = write_index(STORE, str(tmp_path), [shard])
+
+    def means(crop: str, seed: int = 5, first_batch: int = 0) -> list[float]:
+        order = SampleOrder(index.sizes, seed=seed, lanes=4, window_rows=3)
+        data = DataConfig(shards=index.url, image_size_px=SIDE, crop=crop)  # pyright: ignore
+        split = {"global_batch": 12, "micro_batch": 12, "rank": 0, "world_size": 1}
+        batches = open_stream(STORE, index, order, data, **split, first_batch=first_batch)
+        return [image.mean() for batch in take(batches, 2) for image in batch.images]
+
+    centre, random = means("centre"), means("random")
+    assert np.ptp(centre) < 1
+    assert np.ptp(random) > 60, "from one end to the other"
+    assert abs(np.mean(random) - np.mean(centre)) < 40
+    assert means("random", first_batch=1)[:12] == random[12:]
+    assert means("random", seed=6) != random
+
+
+def test_a_second_epoch_comes_from_the_cache(shared: ShardIndex, tmp_path: Path):
+    counting = CountingStore()
+    cache = RangeCache(tmp_path, 2**20)
+
+    def epoch() -> list[Any]:
+        blocks = [np.arange(start, start + 12) for start in range(0, 36, 12)]
+        stage = PositionedSamples(counting, shared, order_of(shared), blocks, cache=cache)
+        return [(sample["__key__"], sample["jpg"]) for sample in stage()]
+
+    first = epoch()
+    counting.reads.clear()
+    assert epoch() == first
+    assert not [name for name, _, _ in counting.reads if name.endswith(".tar")]
 
 
 def test_images_are_cropped_and_resized_to_the_size_asked_for(shared: ShardIndex):

@@ -291,6 +291,7 @@ CHANGES = {
     "output": "output=elsewhere",
     "cluster.max_failures": "cluster.max_failures=9",
     "cluster.cpus_per_worker": "cluster.cpus_per_worker=4",
+    "data.cache": "data.cache={folder: /scratch, limit_gib: 1}",
     "data.shards": "data.shards=s3://copy/train",
     "data.sources.*.shards": "data.shards=s3://copy/train",
     "data.decode_threads": "data.decode_threads=7",
