@@ -5,30 +5,24 @@ on where it was, and a tar that was replaced since is read again. The index is w
 """
 
 import hashlib
-import mmap
-import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import pyarrow as pa
-import ray
-from ray.exceptions import RayError
 
-from cluster.coordinator import Work, start_coordinator
 from cluster.leases import QueueState
-from cluster.session import last_line, ray_session
-from cluster.work import run_workers, work_off
+from cluster.on_tars import mapped, on_every_tar
+from data_pipelines.decoding import DecodeError
 from data_pipelines.object_store import (
     ObjectInfo,
     ObjectMissingError,
     ObjectStore,
-    StoreError,
     absolute,
     join,
 )
+from data_pipelines.sample_reader import member_sample
+from data_pipelines.sample_stream import decode_sample
 from data_pipelines.shard_index import (
     Shard,
     ShardIndex,
@@ -40,13 +34,6 @@ from data_pipelines.shard_index import (
     write_index,
 )
 from data_pipelines.tar_members import MemberTable, ShardMismatchError, Tar, scan_tar
-
-Task = Callable[[ObjectStore, str, str], Any]
-"""(store, folder URL, tar's name) to a result that Ray can send."""
-
-
-class IndexingFailedError(RuntimeError):
-    """Work on a shard set stopped before its end; what is done is kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +59,13 @@ def index_set(
 
     Raises:
         ValueError: there is no tar that can be used.
-        IndexingFailedError: the store or Ray failed; the same call goes on from there.
+        TarWorkFailedError: the store or Ray failed; the same call goes on from there.
     """
     url = absolute(url)
     names = [name for name in _names_of(url, store.list(url)) if name.endswith(".tar")]
     if not names:
         raise ValueError(f"there is no .tar below {url}; check the URL")
-    found = _on_workers(store, url, names, num_workers, _index_one, on_progress)
+    found = on_every_tar(store, url, names, num_workers, _index_one, on_progress)
     shards = [shard for name in names if (shard := found[name].shard) is not None]
     if not shards:
         raise ValueError(
@@ -95,25 +82,28 @@ def verify_set(
     deep: bool,
     num_workers: int,
     on_progress: Callable[[QueueState], None] = lambda state: None,
-) -> list[str]:
-    """What is wrong with a shard set, one line each; nothing is changed.
+) -> tuple[list[str], int]:
+    """What is wrong with a shard set, one line each, and how many samples are interleaved.
 
     Args:
-        deep: read every byte of every shard, not only the listing.
+        deep: read every byte of every shard and decode its images; otherwise only the listing is
+            looked at, and no interleaved sample is seen.
 
     Raises:
-        IndexingFailedError: the store or Ray failed.
+        TarWorkFailedError: the store or Ray failed.
     """
     listing = store.list(index.url)
     problems = {shard.name: problem for shard, problem in changed_shards(index, listing).items()}
     problems |= _without_members(index, listing)
+    interleaved = 0
     if deep:
         names = [shard.name for shard in index.shards if shard.name not in problems]
         task = partial(_verify_one, {shard.name: shard for shard in index.shards})
-        found = _on_workers(store, index.url, names, num_workers, task, on_progress)
-        problems |= {name: problem for name, problem in found.items() if problem}
+        found = on_every_tar(store, index.url, names, num_workers, task, on_progress)
+        problems |= {name: problem for name, (problem, _) in found.items() if problem}
+        interleaved = sum(count for _, count in found.values())
     problems |= _unindexed(index, listing) | _repeated(index)
-    return [f"{name} {problem}" for name, problem in sorted(problems.items())]
+    return [f"{name} {problem}" for name, problem in sorted(problems.items())], interleaved
 
 
 def _without_members(index: ShardIndex, listing: list[ObjectInfo]) -> dict[str, str]:
@@ -144,51 +134,12 @@ def _names_of(url: str, listing: list[ObjectInfo]) -> list[str]:
     return [info.url.removeprefix(url.rstrip("/") + "/") for info in listing]
 
 
-def _on_workers(
-    store: ObjectStore,
-    url: str,
-    names: list[str],
-    num_workers: int,
-    task: Task,
-    on_progress: Callable[[QueueState], None],
-) -> dict[str, Any]:
-    """The task's result for every tar, by name."""
-    with ray_session(num_cpus=num_workers):
-        coordinator = start_coordinator(
-            f"index-{uuid.uuid4().hex[:8]}", store, work=Work(tuple(names))
-        )
-        actor: Any = ray.remote(num_cpus=1, max_restarts=3, max_task_retries=3)(_Worker)
-        workers = [actor.remote(store, url, task) for _ in range(min(num_workers, len(names)))]
-        try:
-            state, results = run_workers(workers, coordinator, on_progress)
-        except (StoreError, RayError) as error:
-            raise IndexingFailedError(
-                f"work on {url} stopped: {last_line(error)}. What is done is kept; run the same "
-                f"command again to go on."
-            ) from error
-    if state.failures:
-        name, reason = next(iter(sorted(state.failures.items())))
-        raise IndexingFailedError(
-            f"{len(state.failures)} of {len(names)} tars below {url} could not be read, first "
-            f"{name}: {reason}. What is done is kept; run the same command again to go on."
-        )
-    return results
-
-
-class _Worker:
-    def __init__(self, store: ObjectStore, url: str, task: Task) -> None:
-        self._store, self._url, self._task = store, url, task
-
-    def work(self, name: str, coordinator: Any) -> None:
-        work_off(name, coordinator, lambda item: self._task(self._store, self._url, item))
-
-
 def _index_one(store: ObjectStore, url: str, name: str) -> Indexed:
     info = store.stat(join(url, name))
     if (known := _known_line(store, url, name, info)) is not None:
         return known
     try:
-        with _mapped(store, info.url) as tar:
+        with mapped(store, info.url) as tar:
             shard, interleaved = index_shard(store, url, name, tar, info.etag)
     except ShardMismatchError as error:
         return Indexed(None, problem=str(error))
@@ -206,20 +157,33 @@ def _known_line(store: ObjectStore, url: str, name: str, info: ObjectInfo) -> In
     return Indexed(shard, interleaved) if same and info.etag else None
 
 
-def _verify_one(shards: dict[str, Shard], store: ObjectStore, url: str, name: str) -> str:
-    """What is wrong with one tar, byte for byte; "" for nothing."""
+def _verify_one(
+    shards: dict[str, Shard], store: ObjectStore, url: str, name: str
+) -> tuple[str, int]:
+    """What is wrong with one tar, byte for byte ("" for nothing); its interleaved samples."""
     shard = shards[name]
     try:
         table = read_members(store, shard)
     except (ShardMismatchError, ObjectMissingError) as error:
-        return f"has no usable member table ({error})"
-    with _mapped(store, join(url, name)) as tar:
+        return f"has no usable member table ({error})", 0
+    with mapped(store, join(url, name)) as tar:
         if hashlib.sha256(tar).hexdigest() == shard.sha256:
-            return ""
+            return _undecodable(table, tar, shard), table.num_interleaved
         try:
-            return _difference(table, scan_tar(tar, join(url, name)))
+            return _difference(table, scan_tar(tar, join(url, name))), 0
         except ShardMismatchError as error:
-            return f"was damaged: {error}"
+            return f"was damaged: {error}", 0
+
+
+def _undecodable(table: MemberTable, tar: Tar, shard: Shard) -> str:
+    """Which images cannot be decoded; they are sound copies of what was broken before."""
+    reasons = []
+    for row in range(shard.num_samples):
+        try:
+            decode_sample(member_sample(table, row, shard.url, tar, 0, table.extensions), 32)
+        except DecodeError as error:
+            reasons.append(str(error))
+    return f"has {len(reasons)} images that cannot be used, first: {reasons[0]}" if reasons else ""
 
 
 def _difference(before: MemberTable, now: MemberTable) -> str:
@@ -237,14 +201,3 @@ def _difference(before: MemberTable, now: MemberTable) -> str:
     ]
     first = f", first {changed[0]}" if changed else ""
     return f"was replaced: {len(changed)} members have other content{first}"
-
-
-@contextmanager
-def _mapped(store: ObjectStore, url: str) -> Iterator[Tar]:
-    """A tar's bytes, however large: mapped from a local copy, not held in memory."""
-    with store.local_copy(url) as path, path.open("rb") as file:
-        if not path.stat().st_size:
-            yield b""
-            return
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as tar:
-            yield tar

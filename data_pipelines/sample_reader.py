@@ -25,7 +25,7 @@ from data_pipelines.object_store import ObjectStore
 from data_pipelines.range_cache import RangeCache
 from data_pipelines.sample_mix import Order
 from data_pipelines.shard_index import Shard, ShardIndex, read_members
-from data_pipelines.tar_members import MemberTable, ShardMismatchError, row_span
+from data_pipelines.tar_members import MemberTable, ShardMismatchError, Tar, row_span
 
 FETCH_THREADS = 8
 LOOK_AHEAD_BLOCKS = 4
@@ -35,7 +35,7 @@ Sample = dict[str, Any]
 
 
 def member_sample(
-    table: MemberTable, row: int, url: str, window: bytes, base: int, extensions: Sequence[str]
+    table: MemberTable, row: int, url: str, window: Tar, base: int, extensions: Sequence[str]
 ) -> Sample:
     """These members of a sample out of bytes that start at `base` in the tar, each one checked.
 

@@ -2,13 +2,15 @@
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jinja2
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
+from data_pipelines.set_stats import Histogram, Quantity
 from tools.attribute_probe import ProbeResult
 from tools.denoising import TimestepLosses
 from tools.pictures import Grid, Interpolation, Reconstructions
@@ -22,6 +24,29 @@ STYLE: dict[Any, Any] = {
     "grid.color": "#eceff2",
     "figure.dpi": 130,
 }
+
+
+def render_page(template: str, content: Mapping[str, Any]) -> str:
+    """One of `tools/templates` as a page that needs nothing beside it."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("tools"), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.get_template(template).render(content)
+
+
+def histogram_bars(histogram: Histogram, quantity: Quantity) -> str:
+    """Samples per bin; the first and the last bin hold what lies beyond them, too."""
+    edges = np.linspace(quantity.low, quantity.high, len(histogram.counts) + 1)
+    shown = max(len(histogram.counts) // 4, int(np.flatnonzero(histogram.counts)[-1]) + 2)
+    right = edges[min(shown, len(edges) - 1)]
+    with mpl.rc_context({**STYLE, "axes.grid.axis": "y"}):
+        figure = Figure(figsize=(8, 2.2), layout="constrained")
+        axes = figure.subplots()
+        axes.bar(edges[:-1], histogram.counts, width=np.diff(edges), align="edge", color=DITI)
+        axes.axvline(histogram.mean, color=BACKBONE, linewidth=1.2)
+        axes.set(xlabel=quantity.unit, ylabel="samples", xlim=(quantity.low, right))
+        axes.set_axisbelow(True)
+        return _png(figure)
 
 
 def loss_curve(metrics: Sequence[dict[str, Any]]) -> str:

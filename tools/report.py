@@ -1,9 +1,6 @@
 """`diti report`: one self-contained HTML page about one run."""
 
-from importlib import resources
 from typing import Any
-
-import jinja2
 
 from configs.loading import dump_run
 from data_pipelines.avatars import attribute_granularity
@@ -84,9 +81,7 @@ def make_report(
         "config": dump_run(config),
         **_probe_tables(probes),
     }
-    template = resources.files("tools") / "templates" / "report.html"
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    return environment.from_string(template.read_text()).render(page), losses
+    return figures.render_page("report.html", page), losses
 
 
 def _tiles(probes: list[ProbeResult], losses: FourLosses) -> list[dict[str, str]]:

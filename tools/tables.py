@@ -10,6 +10,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from data_pipelines.feature_store import FeatureManifest
+    from data_pipelines.set_stats import SetStats
     from tools.evaluate_reconstruction import Reconstruction
 
 
@@ -76,6 +77,17 @@ def print_features(manifest: FeatureManifest) -> None:
             f"{_average(manifest.std[dims]):.3f}",
         )
     Console().print(table)
+
+
+def print_set_stats(stats: SetStats) -> None:
+    from tools.set_report import quantity_rows
+
+    table = Table("measured", "samples", "least", "mean", "most", "unit")
+    for row in quantity_rows(stats).values():
+        table.add_row(*(row[name] for name in ("title", "count", "least", "mean", "most", "unit")))
+    Console().print(table)
+    for what, count in (*stats.members.most_common(), *stats.problems.most_common()):
+        typer.echo(f"{what}: {count} samples ({count / stats.samples:.1%})")
 
 
 def print_contents(found: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 import io
 import tarfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from typer.testing import CliRunner, Result
 
 from cluster.index import index_set
 from cluster.session import ray_session
+from cluster.stats import count_set
 from configs.schema import DataConfig
 from data_pipelines.object_store import ObjectStore, join
 from data_pipelines.sample_order import SampleOrder
@@ -149,3 +151,58 @@ def test_deep_verification_needs_no_etag_and_names_the_member(
     assert "1.tar" not in shallow.stderr
     assert f"1.tar was replaced: 1 members have other content, first {member.name}" in deep.stderr
     assert "2 problems found" in deep.stderr
+
+
+def test_deep_verification_finds_images_that_were_broken_before_they_were_indexed(
+    store: ObjectStore, s3_url: str
+):
+    store.write(join(s3_url, "0.tar"), tar(0, interleaved=True))
+    store.write(join(s3_url, "1.tar"), tar_of([("a.jpg", jpeg(1)[:-200]), ("b.jpg", jpeg(2))]))
+    index_set(store, s3_url, num_workers=2)
+    assert diti("verify", s3_url).exit_code == 0
+    deep = diti("verify", s3_url, "--deep")
+    assert deep.exit_code == 1
+    assert "1.tar has 1 images that cannot be used, first: sample a of" in deep.stderr
+    assert "3 samples have members of others among theirs" in deep.stdout
+
+
+# --- statistics -----------------------------------------------------------------------------------
+
+
+def test_statistics_count_members_sizes_captions_scores_and_what_is_broken(
+    store: ObjectStore, s3_url: str, tmp_path: Path
+):
+    def image(width: int, height: int) -> bytes:
+        buffer = io.BytesIO()
+        Image.new("RGB", (width, height)).save(buffer, "JPEG")
+        return buffer.getvalue()
+
+    store.write(join(s3_url, "0.tar"), tar_of([
+        ("a.jpg", image(200, 100)), ("a.txt", b"four"), ("a.json", b'{"aesthetic": 5.5}'),
+        ("b.jpg", image(100, 400)), ("b.json", b'{"similarity": 0.25, "caption": "sixsix"}'),
+    ]))  # fmt: skip
+    store.write(join(s3_url, "1.tar"), tar_of([
+        ("c.jpg", b"no image"), ("c.json", b"no json"), ("d.json", b'{"aesthetic": true}'),
+        ("e.png", image(3000, 3000)), ("e.json", b'{"AESTHETIC_SCORE": 6.5}'),
+    ]))  # fmt: skip
+    index, _ = index_set(store, s3_url, num_workers=2)
+    stats = count_set(store, index, num_workers=2)
+    assert stats.samples == 5
+    assert stats.members == {"jpg": 3, "txt": 1, "json": 5, "png": 1}
+    assert stats.problems == {
+        "image header cannot be read": 1, "json cannot be read": 1, "no image": 1
+    }  # fmt: skip
+    short_side, aesthetic = stats.histograms["short_side"], stats.histograms["aesthetic"]
+    assert (short_side.count, short_side.least, short_side.most) == (3, 100, 3000)
+    assert (short_side.counts[3], short_side.counts[-1]) == (2, 1)  # bins of 32 px; beyond 2048
+    assert (aesthetic.least, aesthetic.mean, aesthetic.most) == (5.5, 6.0, 6.5)
+    assert stats.histograms["similarity"].mean == 0.25
+    assert stats.histograms["caption"].mean == 5
+
+    result = diti("stats", s3_url, "--out", str(tmp_path / "page.html"))
+    assert result.exit_code == 0, result.output
+    assert "5 samples in 2 shards" in result.stdout
+    assert "Aesthetic score" in result.stdout
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("data:image/png;base64,") == 6
+    assert "image header cannot be read" in page

@@ -225,6 +225,7 @@ def test_features_without_a_manifest_are_refused(s3_url: str) -> None:
         ("data", "make"),
         ("data", "index"),
         ("data", "verify"),
+        ("data", "stats"),
         ("data", "repair"),
         ("backbone", "train"),
         ("backbone", "samples"),

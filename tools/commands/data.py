@@ -1,11 +1,14 @@
 """Verbs over shard sets."""
 
 import os
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from tools.commands.options import check_out_file
 from tools.commands.outcome import clear_errors
+from tools.tables import print_set_stats
 
 CORES = os.cpu_count() or 1
 app = typer.Typer(
@@ -97,18 +100,16 @@ def index(
             f"{found.num_samples} samples in {len(found.shards)} shards at {url}, "
             f"index {found.digest[:12]}"
         )
-        if interleaved:
-            typer.echo(
-                f"{interleaved} samples have members of others among theirs: WebDataset's own "
-                f"reader would split them, this project reads them"
-            )
+        say_interleaved(interleaved)
         report_problems([tar.problem for tar in tars.values() if tar.problem], "left out")
 
 
 @app.command()
 def verify(
     url: Annotated[str, typer.Argument(help="Folder of a shard set with its index.")],
-    deep: Annotated[bool, typer.Option("--deep", help="Read every byte of every tar.")] = False,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Read every byte of every tar, and decode every image.")
+    ] = False,
     workers: Workers = CORES,
 ) -> None:
     """Compare a shard set with its index: what is missing, cut, replaced, repeated, not indexed.
@@ -124,9 +125,42 @@ def verify(
         store = ObjectStore()
         found = read_index(store, url)
         with shard_bar("verifying") as show:
-            problems = verify_set(store, found, deep=deep, num_workers=workers, on_progress=show)
+            problems, interleaved = verify_set(
+                store, found, deep=deep, num_workers=workers, on_progress=show
+            )
         typer.echo(f"{found.num_samples} samples in {len(found.shards)} shards at {url}")
+        say_interleaved(interleaved)
         report_problems(problems, "found")
+
+
+@app.command()
+def stats(
+    url: Annotated[str, typer.Argument(help="Folder of a shard set with its index.")],
+    out: Annotated[Path | None, typer.Option(help="HTML page to write, with plots.")] = None,
+    workers: Workers = CORES,
+) -> None:
+    """Count what a shard set holds: sizes, captions, scores, members. Reads every tar once.
+
+    Example: diti data stats s3://bucket/laion --out laion.html
+    """
+    with clear_errors():
+        from cluster.stats import count_set
+        from data_pipelines.object_store import ObjectStore
+        from data_pipelines.shard_index import read_index
+        from tools.progress import shard_bar
+        from tools.set_report import make_set_report
+
+        if out is not None:
+            check_out_file(out)
+        store = ObjectStore()
+        found = read_index(store, url)
+        with shard_bar("counting") as show:
+            counted = count_set(store, found, num_workers=workers, on_progress=show)
+        typer.echo(f"{counted.samples} samples in {len(found.shards)} shards at {url}")
+        print_set_stats(counted)
+        if out is not None:
+            out.write_text(make_set_report(found, counted), encoding="utf-8")
+            typer.echo(f"page: {out.resolve()}")
 
 
 @app.command()
@@ -155,6 +189,14 @@ def repair(
                 err=True,
             )
             raise typer.Exit(1)
+
+
+def say_interleaved(samples: int) -> None:
+    if samples:
+        typer.echo(
+            f"{samples} samples have members of others among theirs: WebDataset's own reader would "
+            f"split them, this project reads them"
+        )
 
 
 def report_problems(problems: list[str], what: str) -> None:

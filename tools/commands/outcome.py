@@ -16,8 +16,8 @@ def clear_errors(*, goes_on: bool = False) -> Iterator[None]:
     from concurrent.futures import BrokenExecutor
 
     from cluster.export import ExportFailedError
-    from cluster.index import IndexingFailedError
     from cluster.launch import RunFailedError
+    from cluster.on_tars import TarWorkFailedError
     from cluster.session import ClusterError
     from data_pipelines.local_s3 import LocalS3Error
 
@@ -25,7 +25,7 @@ def clear_errors(*, goes_on: bool = False) -> Iterator[None]:
     failures = (
         RunFailedError,
         ExportFailedError,
-        IndexingFailedError,
+        TarWorkFailedError,
         ClusterError,
         LocalS3Error,
         BrokenExecutor,
