@@ -45,11 +45,26 @@ def decode_image(data: bytes, size_px: int, place: float = 0.5) -> NDArray[np.ui
     Raises:
         DecodeError: not an image, damaged, or more than MAX_PIXELS.
     """
+    out = np.empty((size_px, size_px, 3), np.uint8)
+    decode_image_into(out, data, place)
+    return out
+
+
+def decode_image_into(out: NDArray[np.uint8], data: bytes, place: float = 0.5) -> None:
+    """The same into a contiguous array of that shape. After an error, its content is not defined.
+
+    Raises:
+        DecodeError: as `decode_image`.
+    """
+    size_px = len(out)
     is_jpeg = data[:2] == b"\xff\xd8"
-    pixels, scale = _decode_jpeg(data, size_px) if is_jpeg else (_decode_other(data), 1.0)
-    square = _resized_square(pixels, size_px, scale, place)
+    pixels, scale = _decode_jpeg(data, size_px, out) if is_jpeg else (_decode_other(data), 1.0)
     metadata = data[:_METADATA_BYTES] if is_jpeg else data
-    return _upright(square, data) if any(mark in metadata for mark in _EXIF_MARKS) else square
+    turned = any(mark in metadata for mark in _EXIF_MARKS)
+    if pixels is out and not turned:
+        return
+    square = _resized_square(pixels, size_px, scale, place)
+    out[:] = _upright(square, data) if turned else square
 
 
 def _resized_square(
@@ -88,11 +103,19 @@ def _upright(square: NDArray[np.uint8], data: bytes) -> NDArray[np.uint8]:
     return np.asarray(Image.fromarray(square).transpose(turn))
 
 
-def _decode_jpeg(data: bytes, size_px: int) -> tuple[NDArray[np.uint8], float]:
-    """Its pixels, and their scale: 1, or the smallest of 1/2, 1/4 and 1/8 that is large enough."""
+def _decode_jpeg(
+    data: bytes, size_px: int, out: NDArray[np.uint8]
+) -> tuple[NDArray[np.uint8], float]:
+    """Its pixels, and their scale: 1, or the smallest of 1/2, 1/4 and 1/8 that is large enough.
+
+    The pixels are `out` where they fit as they are.
+    """
     try:
         height, width = (int(side) for side in simplejpeg.decode_jpeg_header(data)[:2])
         _check_size(width, height)
+        if height == width == size_px:
+            simplejpeg.decode_jpeg(data, colorspace="RGB", buffer=out)
+            return out, 1.0
         shrunk = max((n for n in (1, 2, 4, 8) if min(height, width) >= n * size_px), default=1)
         pixels = simplejpeg.decode_jpeg(
             data,

@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,7 @@ from data_pipelines.tar_members import MemberTable, ShardMismatchError, Tar, row
 
 FETCH_THREADS = 8
 LOOK_AHEAD_BLOCKS = 4
+LOCATED_BLOCKS = 16
 T = TypeVar("T")
 Sample = dict[str, Any]
 """Extensions to bytes, and what is known of the sample under names such as `__key__`."""
@@ -43,18 +44,21 @@ def member_sample(
         ShardMismatchError: the bytes are not those that were indexed.
     """
     sample: Sample = {"__key__": table.keys[row], "__url__": url, "__row__": row}
+    spans = []
     for extension in extensions:
         offset = int(table.offsets[extension][row])
         if offset < 0:
             continue
-        start = offset - base
-        content = window[start : start + int(table.sizes[extension][row])]
+        end = offset + int(table.sizes[extension][row])
+        content = window[offset - base : end - base]
+        spans += [offset, end]
         if zlib.crc32(content) != int(table.crc32s[extension][row]):
             raise ShardMismatchError(
                 f"{url}: member {table.keys[row]}.{extension} at byte {offset} does not match its "
                 f"index (CRC-32); the shard was changed after it was indexed: index it again"
             )
         sample[extension] = content
+    sample["__span__"] = (min(spans, default=0), max(spans, default=0))
     return sample
 
 
@@ -170,46 +174,54 @@ class PositionedSamples:
         self._extensions = extensions
         self._replace = replace
         self._cache = cache
-        self._tables: OrderedDict[int, Future[MemberTable]] = OrderedDict()
+        self._tables: OrderedDict[int, tuple[Shard, Future[MemberTable]]] = OrderedDict()
         self._windows: dict[int, tuple[tuple[int, int], Future[tuple[bytes, int]]]] = {}
 
     def __call__(self) -> Iterator[Sample]:
         with ThreadPoolExecutor(FETCH_THREADS, "fetch") as pool:
             try:
-                for located in looking_ahead(
-                    (self._request(block, pool) for block in self._blocks), LOOK_AHEAD_BLOCKS
+                for wanted in looking_ahead(
+                    (self._request(block, pool) for block in self._located()), LOOK_AHEAD_BLOCKS
                 ):
-                    yield from self._collect(*located)
+                    yield from self._collect(wanted)
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
                 self._tables.clear()  # what was cancelled must not serve the next iteration
                 self._windows.clear()
 
-    def _request(
-        self, positions: NDArray[np.int64], pool: ThreadPoolExecutor
-    ) -> tuple[NDArray[np.int64], list[tuple[int, int, Future[MemberTable], Future[Any]]]]:
-        shards, rows = self._order.locate(positions)
-        lanes = self._order.lanes_of(positions)
+    def _located(self) -> Iterator[NDArray[np.int64]]:
+        """For each block, its positions, lanes, shards and rows; several blocks looked up at once,
+        because a look-up costs about as much for ten positions as for a thousand."""
+        blocks = iter(self._blocks)
+        while group := list(islice(blocks, LOCATED_BLOCKS)):
+            positions = np.concatenate(group)
+            lanes = self._order.lanes_of(positions)
+            located = np.stack([positions, lanes, *self._order.locate(positions)])
+            yield from np.split(located, np.cumsum([len(block) for block in group])[:-1], axis=1)
+
+    def _request(self, block: NDArray[np.int64], pool: ThreadPoolExecutor) -> list["_Wanted"]:
         wanted = []
-        for lane, shard, row in zip(lanes.tolist(), shards.tolist(), rows.tolist(), strict=True):
-            table = self._table(shard, pool)
-            window = (shard, row // self._order.window_rows)
+        for position, lane, number, row in block.T.tolist():
+            shard, table = self._table(number, pool)
+            window = (number, row // self._order.window_rows)
             # A lane reads one window after the other, so the newest one of each lane is enough.
             if lane not in self._windows or self._windows[lane][0] != window:
-                self._windows[lane] = (window, pool.submit(self._fetch, *window, table))
-            wanted.append((shard, row, table, self._windows[lane][1]))
+                content = pool.submit(self._fetch, shard, window[1], table)
+                self._windows[lane] = (window, content)
+            wanted.append(_Wanted(position, shard, row, table, self._windows[lane][1]))
         while len(self._tables) > len(self._windows):
             self._tables.popitem(last=False)
-        return positions, wanted
+        return wanted
 
-    def _table(self, shard: int, pool: ThreadPoolExecutor) -> Future[MemberTable]:
-        if shard not in self._tables:
-            self._tables[shard] = pool.submit(read_members, self._store, self._index.shards[shard])
-        self._tables.move_to_end(shard)
-        return self._tables[shard]
+    def _table(self, number: int, pool: ThreadPoolExecutor) -> tuple[Shard, Future[MemberTable]]:
+        if number not in self._tables:
+            shard = self._index.shards[number]
+            self._tables[number] = shard, pool.submit(read_members, self._store, shard)
+        self._tables.move_to_end(number)
+        return self._tables[number]
 
-    def _fetch(self, number: int, window: int, table: Future[MemberTable]) -> tuple[bytes, int]:
-        shard, members = self._index.shards[number], table.result()
+    def _fetch(self, shard: Shard, window: int, table: Future[MemberTable]) -> tuple[bytes, int]:
+        members = table.result()
         first = window * self._order.window_rows
         last = min(first + self._order.window_rows, shard.num_samples)
         start, end = row_span(members, first, last, members.those_of(self._extensions))
@@ -218,30 +230,32 @@ class PositionedSamples:
         name = f"{shard.sha256}-{start}-{end}"
         return self._cache.read(name, lambda: self._store.read(shard.url, start, end)), start
 
-    def _collect(
-        self,
-        positions: NDArray[np.int64],
-        wanted: list[tuple[int, int, Future[MemberTable], Future[tuple[bytes, int]]]],
-    ) -> Iterator[Sample]:
-        for position, (number, row, table, content) in zip(positions, wanted, strict=True):
-            shard = self._index.shards[number]
-            start: Sample = {
-                "__position__": int(position),
-                "__shard__": shard.url,
-                "__row__": row,
-            }
+    def _collect(self, wanted: list["_Wanted"]) -> Iterator[Sample]:
+        for position, shard, row, table, content in wanted:
+            start: Sample = {"__position__": position, "__shard__": shard.url, "__row__": row}
             try:
-                members = table.result()
-                start |= _where(members, row, self._extensions)
                 window, base = content.result()
+                members = table.result()
                 extensions = members.those_of(self._extensions)
                 read = member_sample(members, row, shard.url, window, base, extensions)
             except BAD_SAMPLE_ERRORS as error:
                 if self._replace is None:
                     raise
+                if table.exception() is None:
+                    start |= _where(table.result(), row, self._extensions)
                 yield self._replace(start, error)
             else:
                 yield start | read
+
+
+class _Wanted(NamedTuple):
+    """A sample that will be there once its shard's members and its window have been read."""
+
+    position: int
+    shard: Shard
+    row: int
+    table: Future[MemberTable]
+    content: Future[tuple[bytes, int]]
 
 
 def looking_ahead(items: Iterable[T], depth: int) -> Iterator[T]:

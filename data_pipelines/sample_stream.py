@@ -1,16 +1,16 @@
 """From a position to decoded micro-batches, for one rank.
 
-    positions -> raw samples -> decode -> batch -> prefetch
+    positions -> raw samples -> decoded batches -> prefetch
 
-`PositionedSamples` is an ordinary first stage of a `wds.DataPipeline`; the later stages are plain
-generators. The only state is the position of the next sample, so a stream is resumed by making a
+`PositionedSamples` is an ordinary first stage of a `wds.DataPipeline`; the second one is a plain
+generator. The only state is the position of the next sample, so a stream is resumed by making a
 new one that starts there.
 """
 
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +24,7 @@ from webdataset.pipeline import DataPipeline
 
 from configs.schema import DataConfig
 from data_pipelines.bad_samples import DeadLetter
-from data_pipelines.decoding import DecodeError, decode_image
+from data_pipelines.decoding import DecodeError, decode_image_into
 from data_pipelines.object_store import ObjectStore
 from data_pipelines.range_cache import RangeCache
 from data_pipelines.sample_mix import Order
@@ -32,6 +32,8 @@ from data_pipelines.sample_order import batch_positions, mix64
 from data_pipelines.sample_reader import PositionedSamples, Sample, Substitutes, looking_ahead
 from data_pipelines.shard_index import ShardIndex
 
+PIECE = 8
+"""Images that a thread decodes at a time: enough to make handing them over cheap."""
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 _CROP = 0xC409  # tells its random numbers from those of the order, which have the same seed
 T = TypeVar("T")
@@ -42,7 +44,7 @@ class Batch:
     """Decoded samples of one rank, in order of position."""
 
     images: NDArray[np.uint8]
-    """(B, 3, H, W), RGB."""
+    """(B, H, W, 3), RGB."""
     positions: NDArray[np.int64]
     """(B,), global."""
     keys: tuple[str, ...]
@@ -75,8 +77,7 @@ def open_stream(
     crop = {"place_of": partial(crop_place, order.seed)} if data.crop == "random" else {}
     pipeline = DataPipeline(
         PositionedSamples(store, index, order, blocks, IMAGE_EXTENSIONS, replace, cache),
-        decoded(data.image_size_px, data.decode_threads, replace, **crop),
-        batched(micro_batch),
+        decoded_batches(data.image_size_px, micro_batch, data.decode_threads, replace, **crop),
     )
     return prefetched(iter(pipeline), data.prefetch_batches)
 
@@ -87,10 +88,16 @@ def decode_sample(sample: Sample, size_px: int, place: float = 0.5) -> NDArray[n
     Raises:
         DecodeError: naming key and shard.
     """
+    out = np.empty((size_px, size_px, 3), np.uint8)
+    _decode_into(out, sample, place)
+    return out
+
+
+def _decode_into(out: NDArray[np.uint8], sample: Sample, place: float) -> None:
     for extension in IMAGE_EXTENSIONS:
         if extension in sample:
             try:
-                return decode_image(sample[extension], size_px, place)
+                return decode_image_into(out, sample[extension], place)
             except DecodeError as error:
                 raise DecodeError(
                     f"sample {sample['__key__']} of {sample['__url__']}: {error}"
@@ -106,57 +113,65 @@ def crop_place(seed: int, position: int) -> float:
     return float(mix64(seed, position, _CROP) >> np.uint64(11)) / 2**53
 
 
-def decoded(
+def decoded_batches(
     size_px: int,
+    batch_size: int,
     threads: int,
     replace: Substitutes | None = None,
     place_of: Callable[[int], float] = lambda position: 0.5,
-) -> Callable[[Iterable[Sample]], Iterator[Sample]]:
-    """A pipeline stage that adds `image`, decoding in threads, order kept.
+) -> Callable[[Iterable[Sample]], Iterator[Batch]]:
+    """A pipeline stage from raw samples to batches: threads decode straight into the batch.
 
     Args:
         replace: makes another sample of one that cannot be decoded; without it, errors are raised.
         place_of: from a position to the place of the square that is cut.
     """
 
-    def decode(sample: Sample) -> Sample:
+    def decode(samples: list[Sample], out: NDArray[np.uint8]) -> list[Sample]:
+        """The samples whose images are in `out` afterwards."""
+        return [decode_one(sample, pixels) for sample, pixels in zip(samples, out, strict=True)]
+
+    def decode_one(sample: Sample, out: NDArray[np.uint8]) -> Sample:
         while True:
             try:
-                place = place_of(sample["__position__"])
-                return {**sample, "image": decode_sample(sample, size_px, place)}
+                _decode_into(out, sample, place_of(sample["__position__"]))
             except DecodeError as error:
                 if replace is None:
                     raise
                 sample = replace(sample, error)
+            else:
+                return sample
 
-    def stage(samples: Iterable[Sample]) -> Iterator[Sample]:
+    def start(samples: list[Sample], pool: ThreadPoolExecutor) -> tuple[Any, list[Future[Any]]]:
+        out = np.empty((len(samples), size_px, size_px, 3), np.uint8)
+        pieces = [slice(at, at + PIECE) for at in range(0, len(samples), PIECE)]
+        return out, [pool.submit(decode, samples[piece], out[piece]) for piece in pieces]
+
+    def stage(samples: Iterable[Sample]) -> Iterator[Batch]:
         with _closing_at_the_end(samples), ThreadPoolExecutor(threads, "decode") as pool:
             try:
-                tasks = (pool.submit(decode, sample) for sample in samples)
-                for task in looking_ahead(tasks, 4 * threads):
-                    yield task.result()
+                started = (start(group, pool) for group in _groups(samples, batch_size))
+                for out, pieces in looking_ahead(started, -(-2 * threads * PIECE // batch_size)):
+                    yield _batch_of(out, [sample for piece in pieces for sample in piece.result()])
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
     return stage
 
 
-def batched(size: int) -> Callable[[Iterable[Sample]], Iterator[Batch]]:
-    """A pipeline stage that collects `size` samples into one `Batch`."""
+def _groups(samples: Iterable[Sample], size: int) -> Iterator[list[Sample]]:
+    samples = iter(samples)
+    while group := list(islice(samples, size)):
+        yield group
 
-    def stage(samples: Iterable[Sample]) -> Iterator[Batch]:
-        samples = iter(samples)
-        with _closing_at_the_end(samples):
-            while group := list(islice(samples, size)):
-                images = np.stack([s["image"] for s in group]).transpose(0, 3, 1, 2)
-                yield Batch(
-                    np.ascontiguousarray(images),
-                    np.array([s["__position__"] for s in group], np.int64),
-                    tuple(s["__key__"] for s in group),
-                    tuple(letter for s in group for letter in s.get("__letters__", ())),
-                )
 
-    return stage
+def _batch_of(images: NDArray[np.uint8], samples: list[Sample]) -> Batch:
+    return Batch(
+        images,
+        np.array([sample["__position__"] for sample in samples], np.int64),
+        tuple(sample["__key__"] for sample in samples),
+        tuple(letter for sample in samples for letter in sample.get("__letters__", ())),
+    )
 
 
 @contextmanager

@@ -221,7 +221,8 @@ def _to_tensors(
     batch: Batch, config: RunConfig, timesteps: TimestepDistribution, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Images in [-1, 1], time-steps and noise of a micro-batch, on the device."""
-    images = torch.from_numpy(batch.images).to(device).float() / 127.5 - 1
+    pixels_BHWC = torch.from_numpy(batch.images).to(device)
+    images = pixels_BHWC.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
     drawn = draw(
         batch.positions,
         seed=config.seed,

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import simplejpeg
 import webdataset as wds
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from configs.schema import DataConfig
@@ -27,14 +29,14 @@ from data_pipelines.sample_order import SampleOrder
 from data_pipelines.sample_reader import PositionedSamples, looking_ahead
 from data_pipelines.sample_stream import (
     Batch,
-    batched,
     decode_sample,
-    decoded,
+    decoded_batches,
     open_stream,
     prefetched,
 )
 from data_pipelines.shard_index import ShardIndex, publish_shard, write_index
 from data_pipelines.shard_writer import sample_key, write_shard
+from tests.tars import headers
 
 STORE = ObjectStore()
 SIZES = (7, 12, 5, 9, 3)  # 36 samples
@@ -156,13 +158,13 @@ def test_the_ranks_together_get_the_global_batches(
 
 def test_each_image_is_the_one_that_its_key_names(shared: ShardIndex):
     for batch in take(stream(shared), 3):
-        assert batch.images.shape == (BATCH, 3, SIDE, SIDE)
+        assert batch.images.shape == (BATCH, SIDE, SIDE, 3)
         assert batch.images.dtype == np.uint8
         assert batch.images.flags.c_contiguous
         assert batch.positions.dtype == np.int64
         for key, image in zip(batch.keys, batch.images, strict=True):
             expected = colour(int(key[:5]), int(key[5:]))
-            assert np.abs(image.mean(axis=(1, 2)) - expected).max() < 4
+            assert np.abs(image.mean(axis=(0, 1)) - expected).max() < 4
 
 
 def test_micro_batches_are_the_same_samples_in_smaller_pieces(shared: ShardIndex):
@@ -171,6 +173,77 @@ def test_micro_batches_are_the_same_samples_in_smaller_pieces(shared: ShardIndex
     assert [key for piece in pieces for key in piece.keys] == list(whole.keys)
     assert (np.concatenate([piece.images for piece in pieces]) == whole.images).all()
     assert np.concatenate([p.positions for p in pieces]).tolist() == whole.positions.tolist()
+
+
+@pytest.fixture(scope="module")
+def three_epochs(tmp_path_factory: pytest.TempPathFactory) -> tuple[ShardIndex, list[Batch]]:
+    """A set whose epochs end in mid-batch, and what one rank with one thread gets of it."""
+    url = str(tmp_path_factory.mktemp("three"))
+    shards = [
+        write_shard(STORE, url, number, [(picture(number, row), {}) for row in range(size)])
+        for number, size in enumerate((7, 13, 5, 9, 4, 12))
+    ]
+    index = write_index(STORE, url, shards)
+    return index, split_stream(index, world_size=1, threads=1, until=7)
+
+
+def split_stream(
+    index: ShardIndex, *, world_size: int, threads: int, until: int, first_batch: int = 0
+) -> list[Batch]:
+    """Global batches of 24, put together from what each rank gets."""
+    order = SampleOrder(index.sizes, seed=5, lanes=8, window_rows=3)
+    data = DataConfig(shards=index.url, image_size_px=SIDE, decode_threads=threads)
+    ranks = [
+        take(
+            open_stream(
+                STORE, index, order, data, global_batch=24, micro_batch=24 // world_size,
+                rank=rank, world_size=world_size, first_batch=first_batch,
+            ),
+            until - first_batch,
+        )
+        for rank in range(world_size)
+    ]  # fmt: skip
+    return [
+        Batch(
+            np.concatenate([part.images for part in parts]),
+            np.concatenate([part.positions for part in parts]),
+            tuple(key for part in parts for key in part.keys),
+        )
+        for parts in zip(*ranks, strict=True)
+    ]
+
+
+def same(one: list[Batch], two: list[Batch]) -> bool:
+    return all(
+        (a.images == b.images).all() and (a.positions == b.positions).all() and a.keys == b.keys
+        for a, b in zip(one, two, strict=True)
+    )
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 8])
+def test_three_epochs_are_the_same_bytes_at_every_world_size_and_number_of_threads(
+    three_epochs: tuple[ShardIndex, list[Batch]], world_size: int, threads: int
+):
+    index, undisturbed = three_epochs
+    assert sum(len(batch.positions) for batch in undisturbed) > 3 * index.num_samples
+    assert same(split_stream(index, world_size=world_size, threads=threads, until=7), undisturbed)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(st.tuples(st.integers(0, 6), st.sampled_from([1, 2, 3, 4, 6, 8])), max_size=3))
+def test_stopped_anywhere_and_resumed_at_any_size_nothing_is_lost_or_doubled(
+    three_epochs: tuple[ShardIndex, list[Batch]], stops: list[tuple[int, int]]
+):
+    index, undisturbed = three_epochs
+    parts, at = [], 0
+    for until, world_size in [*sorted(stops), (7, 2)]:
+        if until > at:
+            parts += split_stream(
+                index, world_size=world_size, threads=2, until=until, first_batch=at
+            )
+            at = until
+    assert same(parts, undisturbed)
 
 
 def test_a_stream_resumed_at_any_batch_goes_on_as_the_undisturbed_one(shared: ShardIndex):
@@ -224,7 +297,7 @@ def test_a_second_epoch_comes_from_the_cache(shared: ShardIndex, tmp_path: Path)
 
 def test_images_are_cropped_and_resized_to_the_size_asked_for(shared: ShardIndex):
     (batch,) = take(stream(shared, side=8), 1)
-    assert batch.images.shape == (BATCH, 3, 8, 8)
+    assert batch.images.shape == (BATCH, 8, 8, 3)
 
 
 def test_the_same_from_s3(store: ObjectStore, s3_url: str, shared: ShardIndex):
@@ -416,8 +489,16 @@ def test_a_shard_replaced_by_a_valid_one_of_the_same_size_is_noticed(index: Shar
 
 def test_a_shard_cut_or_removed_while_it_is_read_is_replaced_row_by_row(index: ShardIndex):
     path = Path(index.url, "00001.tar")
-    path.write_bytes(path.read_bytes()[:2_048])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:2_048])
     check_replaced(index, keys_of_shard(1), "shard cut short", r"00001\.tar has 2048 bytes")
+    path.write_bytes(b"")
+    check_replaced(index, keys_of_shard(1), "shard cut short", r"00001\.tar has 0 bytes")
+    # Exactly between two samples, where tar readers see a shorter archive and no error.
+    boundary = headers(whole)[2 * 6].offset
+    path.write_bytes(whole[:boundary])
+    lost = {sample_key(1, row) for row in range(6, SIZES[1])}
+    check_replaced(index, lost, "shard cut short", rf"00001\.tar has {boundary} bytes")
     path.unlink()
     check_replaced(index, keys_of_shard(1), "shard missing", r"00001\.tar does not exist")
 
@@ -506,7 +587,7 @@ def test_decoding_in_threads_keeps_the_order_and_batching_the_rest():
         {"__key__": str(n), "__url__": "u", "__position__": n, "jpg": picture(0, n)}
         for n in range(10)
     ]
-    batches = list(batched(4)(decoded(SIDE, threads=3)(samples)))
+    batches = list(decoded_batches(SIDE, 4, threads=3)(samples))
     assert [batch.keys for batch in batches] == [tuple("0123"), tuple("4567"), tuple("89")]
-    found = np.concatenate([b.images for b in batches]).mean(axis=(2, 3))
+    found = np.concatenate([b.images for b in batches]).mean(axis=(1, 2))
     assert np.abs(found - [colour(0, n) for n in range(10)]).max() < 4

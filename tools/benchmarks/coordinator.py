@@ -1,0 +1,86 @@
+"""`python -m tools.benchmarks.coordinator`: the coordinator under the reports of 1,024 workers.
+
+Two client processes stand for the workers: each sends the reports of its half, spread evenly over
+every second, and takes the time until each one is answered.
+"""
+
+import argparse
+import asyncio
+import time
+from typing import Any
+
+import numpy as np
+import psutil
+import ray
+
+from cluster.coordinator import start_coordinator
+from cluster.session import ray_session
+from data_pipelines.object_store import ObjectStore
+from pretrain.train import Progress
+
+CLIENTS = 2
+
+
+class Client:
+    """Reports for many ranks."""
+
+    async def report(self, coordinator: Any, ranks: list[int], seconds: int) -> list[float]:
+        """Seconds until each report was answered."""
+        started = time.perf_counter()
+        calls = []
+        for second in range(seconds):
+            for place, rank in enumerate(ranks):
+                due = started + second + place / len(ranks)
+                await asyncio.sleep(max(0.0, due - time.perf_counter()))
+                calls.append(asyncio.ensure_future(self._one(coordinator, rank, second)))
+        return list(await asyncio.gather(*calls))
+
+    async def _one(self, coordinator: Any, rank: int, step: int) -> float:
+        progress = Progress(
+            rank, 1, step, 10**6, step * 4096, 0.01, 4096.0, 0.0, 1.0, bad_samples=0,
+            checkpoint_step=0,
+        )  # fmt: skip
+        begin = time.perf_counter()
+        await coordinator.report.remote(progress)
+        return time.perf_counter() - begin
+
+
+def resident_mib() -> float:
+    """Memory of the coordinator's process."""
+    [process] = [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if "ShardCoordinator" in " ".join(process.info["cmdline"] or ())
+    ]
+    return process.memory_info().rss / 2**20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Latency of reports to the coordinator.")
+    parser.add_argument("--workers", type=int, default=1024)
+    parser.add_argument("--seconds", type=int, default=30)
+    args = parser.parse_args()
+    with ray_session(num_cpus=CLIENTS):
+        coordinator = start_coordinator("benchmark", ObjectStore())
+        ray.get(coordinator.progress.remote())
+        before = resident_mib()
+        actor: Any = ray.remote(num_cpus=1)(Client)
+        clients = [actor.remote() for _ in range(CLIENTS)]
+        ranks = [list(range(first, args.workers, CLIENTS)) for first in range(CLIENTS)]
+        for seconds in (2, args.seconds):  # the first ones start the processes
+            found = ray.get([
+                client.report.remote(coordinator, mine, seconds)
+                for client, mine in zip(clients, ranks, strict=True)
+            ])  # fmt: skip
+        latencies = 1e3 * np.concatenate(found)
+        middle, late = np.percentile(latencies, [50, 99])
+        after = resident_mib()
+        print(
+            f"{args.workers} workers, {len(latencies)} reports in {args.seconds} s: median "
+            f"{middle:.1f} ms, 99 % within {late:.1f} ms, slowest {latencies.max():.1f} ms; "
+            f"memory {after:.0f} MiB ({after - before:+.0f})"
+        )
+
+
+if __name__ == "__main__":
+    main()
