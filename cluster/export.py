@@ -226,8 +226,8 @@ def _declare_intent(
         store.write(where, json.dumps(intent).encode(), only_if_absent=True)
     except AlreadyExistsError:
         try:
-            found = json.loads(store.read(where))
-        except ValueError as error:
+            found = dict(json.loads(store.read(where)).items())
+        except (ValueError, AttributeError) as error:
             raise ValueError(
                 f"{where} is damaged ({error}), so nobody knows whose features {out_url} holds; "
                 f"delete that folder, or export into another one"

@@ -174,10 +174,13 @@ def _explain(config: RunConfig, error: Exception) -> str:
     causes = [f"rank {rank}: {last_line(cause)}" for rank, cause in sorted(failures.items())]
     try:
         newest = checkpoint.newest(open_store(config), run_url(config))
-        kept = f"step {newest.step}" if newest else "none"
+        kept = f"step {newest.step}" if newest else ""
     except (StoreError, checkpoint.CheckpointError) as unreadable:
         kept = f"unknown ({unreadable})"
-    return (
-        f"run {config.name!r} failed: {'; '.join(causes) or last_line(error)}. Newest complete "
-        f"checkpoint: {kept}; run the same command again to go on from it."
+    goes_on = (
+        f"Newest complete checkpoint: {kept}; run the same command again to go on from it."
+        if kept
+        else "No checkpoint is complete yet: mend the cause, and run the same command again."
     )
+    reason = ("; ".join(causes) or last_line(error)).rstrip(".")
+    return f"run {config.name!r} failed: {reason}. {goes_on}"

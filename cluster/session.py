@@ -30,9 +30,9 @@ def ray_session(num_cpus: int, num_gpus: int = 0) -> Iterator[None]:
         ClusterError: in place of Ray's own errors out of the block.
     """
     started = not ray.is_initialized()
-    if started:
-        _start(num_cpus)
     try:
+        if started:
+            _start(num_cpus)
         _check_gpus(num_gpus)
         yield
     except RayError as error:
@@ -47,16 +47,14 @@ def _start(num_cpus: int) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # A local session has a token of its own, and Ray warns about it at every start.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel("ERROR")
-    if "RAY_ADDRESS" in os.environ:
-        ray.init(log_to_driver=False, logging_level=logging.WARNING)
-    else:
-        ray.init(
-            num_cpus=num_cpus,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-        )
+    local = (
+        {} if "RAY_ADDRESS" in os.environ else {"num_cpus": num_cpus, "include_dashboard": False}
+    )
     # Ray installs handlers that abort or exit at once; ours unwind, and so end what was started.
+    try:
+        ray.init(**local, log_to_driver=False, logging_level=logging.WARNING)
+    except SystemExit as error:
+        raise KeyboardInterrupt from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)
 

@@ -17,6 +17,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
+from yaml.composer import ComposerError
 
 from configs.schema import RunConfig
 
@@ -32,9 +33,17 @@ class ConfigError(ValueError):
 
 
 class _Yaml12Loader(yaml.SafeLoader):
-    """YAML 1.2 core schema, duplicate keys refused."""
+    """YAML 1.2 core schema; duplicate keys refused, and aliases, which a few lines can multiply."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise ComposerError(
+                None, None, "aliases (*name) are not taken; write the value out", event.start_mark
+            )
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()

@@ -9,7 +9,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -64,7 +64,9 @@ def list_folder(path: Path, url: str) -> list[ObjectInfo]:
                 if not (name.startswith(".") and name.endswith(_PARTIAL)):
                     file = Path(folder, name)
                     below = file.relative_to(path).as_posix()
-                    found.append(ObjectInfo(f"{url.rstrip('/')}/{below}", file.stat().st_size, ""))
+                    with suppress(FileNotFoundError):  # a dangling link, or just deleted
+                        size_bytes = file.stat().st_size
+                        found.append(ObjectInfo(f"{url.rstrip('/')}/{below}", size_bytes, ""))
     return sorted(found, key=lambda info: info.url)
 
 

@@ -43,6 +43,12 @@ class Backbone:
     prediction: Prediction = "epsilon"
     """What the U-Net's output stands for."""
 
+    @property
+    def card_sha256(self) -> str:
+        """Over what the card says: weights alone do not tell what they compute."""
+        card = _card_of(self.unet.config, self.prediction, self.schedule, self.image_size_px)
+        return hashlib.sha256(json.dumps(card, sort_keys=True).encode()).hexdigest()
+
 
 def load_backbone(store: ObjectStore, config: BackboneConfig) -> Backbone:
     """Read, verify and freeze the backbone that `config` pins.
@@ -62,6 +68,11 @@ def load_backbone(store: ObjectStore, config: BackboneConfig) -> Backbone:
     card = _parse_card(_read_card(store, card_url), card_url)
     unet = UNet(card["unet"])
     _load_exactly(unet, _parse_weights(weights, config.weights), config.weights)
+    if card["sha256"] not in (None, digest):
+        raise BackboneError(
+            f"backbone card {card_url} belongs to weights with SHA-256 {card['sha256']}, not to "
+            f"{config.weights} ({digest}); use the card that was written with these weights"
+        )
     unet.requires_grad_(False).eval()
     return Backbone(unet, card["schedule"], card["image_size_px"], digest, card["prediction"])
 
@@ -85,13 +96,7 @@ def save_backbone(
     """
     weights = save_safetensors({k: v.to(dtype).contiguous() for k, v in state.items()})
     digest = hashlib.sha256(weights).hexdigest()
-    card = {
-        "unet": unet.model_dump(mode="json"),
-        "prediction": prediction,
-        "schedule": schedule.model_dump(mode="json"),
-        "image_size_px": image_size_px,
-        "sha256": digest,
-    }
+    card = _card_of(unet, prediction, schedule, image_size_px) | {"sha256": digest}
     card |= {key: value for key, value in provenance.items() if key not in card}
     store.write(url, weights)
     card_url = url.removesuffix(".safetensors") + ".json"
@@ -164,6 +169,17 @@ def _read_card(store: ObjectStore, url: str) -> bytes:
         ) from error
 
 
+def _card_of(
+    unet: UNetConfig, prediction: Prediction, schedule: ScheduleConfig, image_size_px: int
+) -> dict[str, Any]:
+    return {
+        "unet": unet.model_dump(mode="json"),
+        "prediction": prediction,
+        "schedule": schedule.model_dump(mode="json"),
+        "image_size_px": image_size_px,
+    }
+
+
 def _parse_card(data: bytes, url: str) -> dict[str, Any]:
     try:
         card = {"prediction": "epsilon"} | json.loads(data)  # which old cards leave out
@@ -172,6 +188,7 @@ def _parse_card(data: bytes, url: str) -> dict[str, Any]:
             "prediction": _PREDICTION.validate_python(card["prediction"]),
             "schedule": ScheduleConfig.model_validate_json(json.dumps(card["schedule"])),
             "image_size_px": int(card["image_size_px"]),
+            "sha256": card.get("sha256"),
         }
     except (ValidationError, KeyError, TypeError, ValueError) as error:
         raise BackboneError(
@@ -182,11 +199,19 @@ def _parse_card(data: bytes, url: str) -> dict[str, Any]:
 
 def _parse_weights(data: bytes, url: str) -> dict[str, Tensor]:
     try:
-        return load_safetensors(data)
+        state = load_safetensors(data)
     except SafetensorError as error:
         raise BackboneError(
             f"{url} is not a whole safetensors file ({error}); fetch it again"
         ) from error
+    if broken := sorted(
+        name for name, t in state.items() if not (t.is_floating_point() and t.isfinite().all())
+    ):
+        raise BackboneError(
+            f"{url} holds tensors that are no finite floating-point numbers: {first_few(broken)}; "
+            f"use weights from before their training went wrong"
+        )
+    return state
 
 
 def _load_exactly(unet: UNet, state: dict[str, Tensor], url: str) -> None:

@@ -75,6 +75,8 @@ class Manifest:
     files: dict[str, tuple[int, str]]
     bad_samples: dict[str, int] = field(default_factory=dict)
     """Samples of the run so far that had to be replaced, by cause."""
+    backbone_card_sha256: str | None = None
+    """Over what the backbone's card says; older checkpoints do not know it."""
     format_version: int = FORMAT_VERSION
 
     @property
@@ -260,6 +262,7 @@ def check_resumable(
     *,
     index_digest: str,
     backbone_sha256: str | None,
+    backbone_card_sha256: str | None = None,
     world_size: int,
 ) -> None:
     """Refuse to go on from a checkpoint of another run.
@@ -268,10 +271,12 @@ def check_resumable(
         CheckpointError: listing every setting that differs and both its values, or those that the
             checkpoint has and this version does not know.
     """
+    card_then = manifest.backbone_card_sha256 or backbone_card_sha256
     different = [
         *(text for key, text in _differences(manifest, config).items() if not _may_change(key)),
         *_different("shard index", manifest.index_digest, index_digest),
         *_different("backbone", manifest.backbone_sha256, backbone_sha256),
+        *_different("backbone's card", card_then, backbone_card_sha256),
         *_different("number of workers", manifest.world_size, world_size),
     ]
     if different:

@@ -177,7 +177,9 @@ def make_partition(config: PartitionConfig, latent_dim: int) -> Partition:
         )
     if partition.latent_dim != latent_dim:
         raise ValueError(
-            f"the partition has {partition.latent_dim} dimensions, the encoder {latent_dim}"
+            f"the partition has {partition.latent_dim} dimensions, the encoder {latent_dim}; make "
+            f"them agree (for some numbers of subsets the published formula loses a dimension to "
+            f"rounding: choose another one)"
         )
     return partition
 

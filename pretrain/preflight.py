@@ -17,7 +17,7 @@ from data_pipelines.shard_index import (
     shards_changed,
 )
 from pretrain import checkpoint
-from pretrain.backbone import load_backbone, shapes_of
+from pretrain.backbone import load_backbone
 from pretrain.diti import DiTi
 from pretrain.run_plan import RunPlan, plan_run
 from pretrain.trained import initial_weights
@@ -79,8 +79,7 @@ def load_start(model: DiTi, store: ObjectStore) -> None:
     """
     if model.task.start_from is None:
         return
-    shapes = shapes_of(model.trained_state())
-    model.load_state_dict(initial_weights(model.task.start_from, store, shapes), strict=False)
+    model.load_state_dict(initial_weights(model.task.start_from, store, model), strict=False)
 
 
 def preflight(config: RunConfig, world_size: int) -> Preflight:
@@ -101,10 +100,9 @@ def preflight(config: RunConfig, world_size: int) -> Preflight:
             f"{index.num_samples} images; use a smaller batch or a larger set"
         )
     newest = checkpoint.newest(store, run_url(config))
-    backbone_sha256 = None
+    backbone = None
     if isinstance(config.task, DitiTask):
         backbone = load_backbone(store, config.task.backbone)
-        backbone_sha256 = backbone.sha256
         model = DiTi(config.task, backbone, image_size_px=config.data.image_size_px)
         if newest is None:
             load_start(model, store)
@@ -113,7 +111,8 @@ def preflight(config: RunConfig, world_size: int) -> Preflight:
             newest,
             config,
             index_digest=index.digest,
-            backbone_sha256=backbone_sha256,
+            backbone_sha256=backbone and backbone.sha256,
+            backbone_card_sha256=backbone and backbone.card_sha256,
             world_size=world_size,
         )
     if newest is None:

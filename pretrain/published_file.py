@@ -141,6 +141,11 @@ def _unwrapped(name: str) -> str:
 
 def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """float32 copies that no longer lean on the file."""
+    if strange := sorted(name for name, tensor in state.items() if not _is_plain(tensor)):
+        raise LayoutError(
+            f"it holds tensors that are sparse, quantized, complex or without content: "
+            f"{first_few(strange)}; save them as plain numbers"
+        )
     if broken := sorted(name for name, tensor in state.items() if not tensor.isfinite().all()):
         raise LayoutError(
             f"it holds numbers that are NaN or infinite: {first_few(broken)}; take a checkpoint "
@@ -152,8 +157,17 @@ def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+def _is_plain(tensor: Tensor) -> bool:
+    return (
+        tensor.layout == torch.strided
+        and tensor.device.type == "cpu"
+        and not tensor.is_quantized
+        and not tensor.is_complex()
+    )
+
+
 def _step(content: Mapping[Any, Any]) -> int | None:
     step = content.get("step")
     if isinstance(step, Tensor) and step.numel() == 1:
         step = int(step.item())
-    return step if isinstance(step, int) else None
+    return step if isinstance(step, int) and not isinstance(step, bool) and step >= 0 else None

@@ -14,6 +14,7 @@ from data_pipelines.object_store import ObjectStore, join
 from data_pipelines.sample_stream import Batch
 from data_pipelines.shard_index import ShardIndex
 from pretrain import checkpoint
+from pretrain.backbone import Backbone
 from pretrain.ema import Ema
 from pretrain.engine import Engine
 from pretrain.error_budget import ErrorBudget
@@ -31,7 +32,7 @@ class Saver:
         store: ObjectStore,
         world: World,
         index: ShardIndex,
-        backbone_sha256: str | None,
+        backbone: Backbone | None,
         local_dir: Path,
         newest: checkpoint.Manifest | None,
     ) -> None:
@@ -39,7 +40,8 @@ class Saver:
         self.store = store
         self.world = world
         self.index_digest = index.digest
-        self.backbone_sha256 = backbone_sha256
+        self.backbone_sha256 = backbone and backbone.sha256
+        self.backbone_card_sha256 = backbone and backbone.card_sha256
         self.scratch = local_dir / "scratch" / f"rank-{world.rank:05d}"
         self.newest = newest
 
@@ -57,6 +59,7 @@ class Saver:
             self.config,
             index_digest=self.index_digest,
             backbone_sha256=self.backbone_sha256,
+            backbone_card_sha256=self.backbone_card_sha256,
             world_size=self.world.size,
         )
         folder = self._empty_scratch()
@@ -87,7 +90,7 @@ class Saver:
         """Collective: write the state after `step` steps as a complete checkpoint."""
         folder = self._empty_scratch()
         engine.average_buffers()
-        engine.save(folder)
+        self._save_engine(engine, folder)
         weights = engine.whole_state()
         ema.swap(engine.local_shards())
         average = engine.whole_state()
@@ -110,6 +113,7 @@ class Saver:
                 config=self.config.model_dump(mode="json"),
                 index_digest=self.index_digest,
                 backbone_sha256=self.backbone_sha256,
+                backbone_card_sha256=self.backbone_card_sha256,
                 world_size=self.world.size,
                 code_version=version("diti-pretrain"),
                 files=files,
@@ -120,6 +124,18 @@ class Saver:
             self.store, run_url(self.config), folder, self.world, manifest
         )
         shutil.rmtree(folder)
+
+    def _save_engine(self, engine: Engine, folder: Path) -> None:
+        try:
+            engine.save(folder)
+        except RuntimeError as error:
+            if "inline_container" not in str(error):  # how torch says that a file was not written
+                raise
+            free = shutil.disk_usage(folder).free / 2**20
+            raise OSError(
+                f"the checkpoint could not be written to the scratch folder {folder}, whose disk "
+                f"has {free:.0f} MiB left; free space there or give another --local-dir"
+            ) from error
 
     def write_dead_letters(self, step: int, letters: list[DeadLetter]) -> None:
         """Object stores cannot append: one object per rank and checkpoint."""

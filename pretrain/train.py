@@ -25,7 +25,7 @@ from data_pipelines.sample_stream import Batch, open_stream
 from data_pipelines.shard_index import ShardIndex, read_sets
 from pretrain import checkpoint
 from pretrain.attention import choose_kernel
-from pretrain.backbone import load_backbone
+from pretrain.backbone import Backbone, load_backbone
 from pretrain.denoiser import Denoiser
 from pretrain.diti import DiTi
 from pretrain.ema import Ema
@@ -101,13 +101,13 @@ def run(
 
     # --- what: model, engine, average --------------------------------------------------------
     torch.manual_seed(config.seed)
-    model, backbone_sha256 = build_model(config, store, world.device)
+    model, backbone = build_model(config, store, world.device)
     if newest is None and isinstance(model, DiTi):
         load_start(model, store)
     timesteps = model.timesteps
     engine = Engine(model, config.engine, config.optimizer, plan, world)
     ema = Ema(engine.local_shards(), config.train.ema_decay)
-    saver = Saver(config, store, world, index, backbone_sha256, local_dir, newest)
+    saver = Saver(config, store, world, index, backbone, local_dir, newest)
     step = saver.restore(engine, ema)
     budget = ErrorBudget(
         config.data.error_budget, index.num_samples, newest.bad_samples if newest else {}
@@ -156,20 +156,19 @@ def run(
 
 def build_model(
     config: RunConfig, store: ObjectStore, device: torch.device
-) -> tuple[DiTi | Denoiser, str | None]:
-    """The module that a run trains, on its device, and the backbone's SHA-256 if it has one."""
+) -> tuple[DiTi | Denoiser, Backbone | None]:
+    """The module that a run trains, on its device, and its backbone if it has one."""
     kernel = choose_kernel(
         config.engine.attention, device=device, dtype=DTYPES[config.engine.precision]
     )
     if isinstance(config.task, DitiTask):
         backbone = load_backbone(store, config.task.backbone)
         model = DiTi(config.task, backbone, image_size_px=config.data.image_size_px)
-        sha256 = backbone.sha256
     else:
-        model, sha256 = Denoiser(config.task), None
+        model, backbone = Denoiser(config.task), None
     model.tables_to(device)
     set_attention(model, kernel)
-    return model.to(device), sha256
+    return model.to(device), backbone
 
 
 def _check(progress: Progress, budget: ErrorBudget, saver: Saver) -> None:

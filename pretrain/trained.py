@@ -1,14 +1,16 @@
 """What training has made, ready for use: from a run of this project, or from an authors' file."""
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
-from configs.schema import DitiTask, RunConfig
+from configs.schema import DitiTask, EncoderConfig, RunConfig
 from data_pipelines.object_store import ObjectStore, absolute
 from pretrain import checkpoint
 from pretrain.backbone import digest_of_state, load_backbone, shapes_of, state_problems
@@ -16,12 +18,14 @@ from pretrain.diti import DiTi
 from pretrain.encoder import Encoder, make_encoder
 from pretrain.partition import Partition, make_partition
 from pretrain.published import (
+    AuthorsCheckpoint,
     ConfigSource,
     PublishedCheckpointError,
     load_authors_checkpoint,
 )
 from pretrain.resnet10 import ResNet10
 
+_log = logging.getLogger(__name__)
 _FILE_ENDINGS = (".pt", ".pth", ".ckpt")
 
 
@@ -163,7 +167,7 @@ def load_denoiser_weights(
 def initial_weights(
     source: str | Path,
     store: ObjectStore | None = None,
-    expected: Mapping[str, Sequence[int]] | None = None,
+    model: DiTi | None = None,
 ) -> Mapping[str, Tensor]:
     """Weights to start a DiTi run from: encoder and shift path, averaged, by `DiTi`'s names.
 
@@ -171,25 +175,59 @@ def initial_weights(
         source: a checkpoint file in the published layout, or the folder of a run of this project,
             of which the newest complete checkpoint is taken.
         store: reads `source`.
-        expected: names and shapes of the tensors to fill; anything else is refused.
+        model: what they are for. Other names, shapes, attention heads or another backbone are
+            refused; another partition or mode is meant, perhaps, and said.
 
     Raises:
-        PublishedCheckpointError: names or shapes differ from `expected`, or as
-            `load_authors_checkpoint`.
+        PublishedCheckpointError: they do not fit `model`, or as `load_authors_checkpoint`.
         CheckpointError: the run has no complete checkpoint, or a damaged one.
     """
     store = store or ObjectStore()
     url = absolute(str(source))
     if url.endswith(_FILE_ENDINGS) or store.exists(url):
-        weights = load_authors_checkpoint(url, store=store).trained_weights()
+        authors = load_authors_checkpoint(url, store=store)
+        weights = authors.trained_weights()
+        if model is not None:
+            _compare(authors, model)
     else:
         weights = _weights(store, url, checkpoint.find(store, url, None), ema=True)
-    if expected is not None and (problems := state_problems(shapes_of(weights), expected)):
+    expected = shapes_of(weights if model is None else model.trained_state())
+    if problems := state_problems(shapes_of(weights), expected):
         raise PublishedCheckpointError(
             f"{source} cannot start this run: its encoder and shift path are of another shape; "
             f"{problems}. Give task.encoder and task.backbone the shapes of that file."
         )
     return weights
+
+
+def _compare(authors: AuthorsCheckpoint, model: DiTi) -> None:
+    """What names and shapes do not tell."""
+    encoder, found = model.task.encoder, authors.encoder_config
+    if isinstance(encoder, EncoderConfig) and found and encoder.num_heads != found.num_heads:
+        raise PublishedCheckpointError(
+            f"{authors.source} cannot start this run: its encoder has {found.num_heads} attention "
+            f"heads, the run's {encoder.num_heads}; set task.encoder.num_heads={found.num_heads}"
+        )
+    backbone = model.decoder.backbone.state_dict()
+    other = [
+        name
+        for name, tensor in authors.backbone.items()
+        if name not in backbone
+        or tensor.shape != backbone[name].shape
+        or not torch.allclose(tensor, backbone[name].cpu(), rtol=1e-2, atol=1e-3)  # float16 passes
+    ]
+    if other:
+        raise PublishedCheckpointError(
+            f"{authors.source} cannot start this run: it was trained against another backbone, "
+            f"which differs in {len(other)} tensors, first {other[0]}. Its own can be taken out of "
+            f"it with `diti backbone import`."
+        )
+    for what, found, wanted in (
+        ("partition", authors.partition, model.partition),
+        ("mode", authors.mode, model.task.mode),
+    ):
+        if found != wanted:
+            _log.warning("%s was trained with another %s than this run", authors.source, what)
 
 
 def digest_of(module: nn.Module) -> str:

@@ -90,10 +90,10 @@ def make_shards(
     )
 
 
-def make_run(store: ObjectStore, url: str, *overrides: str) -> RunConfig:
+def make_run(store: ObjectStore, url: str, *overrides: str, dropout: float = 0.0) -> RunConfig:
     """Backbone and shards below `url`, and the run that trains on them."""
     weights = join(url, "backbone.safetensors")
-    sha256 = make_backbone(store, weights)
+    sha256 = make_backbone(store, weights, UNET.model_copy(update={"dropout": dropout}))
     make_shards(store, join(url, "train"))
     text = RUN.format(
         output=join(url, "runs"), weights=weights, sha256=sha256, shards=join(url, "train")

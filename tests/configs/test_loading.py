@@ -118,7 +118,7 @@ def test_a_key_that_stands_twice_is_refused_with_its_line(text: str):
         ("x: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
         (MINIMAL + "seed: !!int abc", "is not YAML"),
         (MINIMAL + "seed: " + "9" * 5000, "is not YAML"),
-        ("name: &a [*a]", "Circular reference"),
+        ("name: &a [*a]", "aliases (*name) are not taken"),
         (MINIMAL + "wandb: {project: !!binary aGk=}", "cannot: Object of type bytes"),
     ],
 )
@@ -344,3 +344,8 @@ def test_another_process_computes_the_same_digest(tmp_path: Path):
 def test_shards_come_from_one_folder_or_from_sources(data: str):
     with pytest.raises(ConfigError, match=r"data: give either shards \(one folder\) or sources"):
         parse_run(f"data: {data}")
+
+
+def test_aliases_are_refused_because_a_few_lines_can_multiply():
+    with pytest.raises(ConfigError, match=r"aliases \(\*name\) are not taken"):
+        parse_run("a: &a [1, 2]\nb: [*a, *a]\n")

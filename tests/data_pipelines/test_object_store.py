@@ -637,3 +637,9 @@ def test_a_local_copy_is_the_file_itself_or_lasts_as_long_as_the_block(
         assert path.exists() == (path == tmp_path / "x") == (not url.startswith("s3://"))
     with pytest.raises(ObjectMissingError), store.local_copy(join(s3_url, "none")):
         pass
+
+
+def test_a_dangling_link_hides_nothing_of_its_folder(tmp_path: Path):
+    (tmp_path / "gone.tar").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "here.tar").write_bytes(b"abc")
+    assert [info.url for info in ObjectStore().list(str(tmp_path))] == [str(tmp_path / "here.tar")]

@@ -197,3 +197,7 @@ def test_an_export_goes_on_where_it_was_and_refuses_another_encoder(runs: TwoRun
     assert runs.store.read(join(out, kept)) == before
     with pytest.raises(ValueError, match="another encoder"):
         export_features(runs.store, step=0, num_workers=1, **arguments)
+    for damaged in (b"[]", b"{"):
+        runs.store.write(join(out, "export.json"), damaged)
+        with pytest.raises(ValueError, match=r"export\.json is damaged"):
+            export_features(runs.store, step=None, num_workers=1, **arguments)

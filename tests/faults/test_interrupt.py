@@ -67,12 +67,12 @@ def kill_a_worker(process: subprocess.Popen[str]) -> None:
     worker.kill()
 
 
-def wait_until(condition, process: subprocess.Popen[str]) -> None:
+def wait_until(condition, process: subprocess.Popen[str], every_seconds: float = 0.5) -> None:
     deadline = time.monotonic() + 240
     while not condition():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, "not in time"
-        time.sleep(0.5)
+        time.sleep(every_seconds)
 
 
 def test_a_run_interrupted_twice_on_relative_paths_leaves_no_process_and_resumes(tmp_path) -> None:
@@ -112,6 +112,19 @@ def test_a_run_interrupted_twice_on_relative_paths_leaves_no_process_and_resumes
     assert positions == list(range(total))
 
 
+def test_a_run_that_is_terminated_while_ray_starts_says_so(tmp_path) -> None:
+    run = make_run(STORE, str(tmp_path), "cluster.num_workers=1")
+    (tmp_path / "run.yaml").write_text(dump_run(run))
+    process = start(tmp_path, "train", "run.yaml")
+
+    def ray_is_starting() -> bool:
+        family = psutil.Process(process.pid).children(recursive=True)
+        return any("gcs_server" in " ".join(child.cmdline()) for child in family)
+
+    wait_until(ray_is_starting, process, every_seconds=0.02)
+    interrupt(process, signal.SIGTERM)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_rendering_leaves_no_process_and_no_set(tmp_path, number) -> None:
     command = ("data", "make", "avatars", "--count", "100000", "--rows-per-shard", "100")
@@ -119,3 +132,14 @@ def test_interrupted_rendering_leaves_no_process_and_no_set(tmp_path, number) ->
     wait_until(lambda: any((tmp_path / "out").glob("*.tar")), process)
     interrupt(process, number)
     assert not (tmp_path / "out" / "index.parquet").exists()
+
+
+def test_workers_of_a_killed_rendering_end_with_it(tmp_path) -> None:
+    command = ("data", "make", "avatars", "--count", "100000", "--rows-per-shard", "100")
+    process = start(tmp_path, *command, "--out", "out", "--workers", "2")
+    wait_until(lambda: any((tmp_path / "out").glob("*.tar")), process)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.communicate()
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert not alive, [p.cmdline() for p in alive if p.is_running()]

@@ -301,3 +301,31 @@ def test_an_unknown_packaged_backbone_lists_those_there_are():
         assert names, "the package ships no backbone"
         for name in names:
             assert f"builtin/{name}" in message
+
+
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path, unet: UNet, broken: float):
+    state = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
+    name = sorted(state)[3]
+    state[name].view(-1)[0] = broken
+    refused(save(str(tmp_path / "face.safetensors"), state), f"floating-point numbers: {name}")
+
+
+def test_whole_numbers_are_no_weights(tmp_path: Path, unet: UNet):
+    url = str(tmp_path / "face.safetensors")
+    refused(save(url, unet.state_dict(), dtype=torch.int8), "no finite floating-point numbers")
+
+
+def test_a_card_of_other_weights_is_refused(config: BackboneConfig):
+    card = Path(config.weights).with_suffix(".json")
+    card.write_text(card.read_text().replace(config.sha256, "0" * 64))
+    refused(config, "face.json", "belongs to weights with SHA-256 0000", config.sha256)
+
+
+def test_the_cards_digest_follows_what_it_says_and_nothing_else(tmp_path: Path, unet: UNet):
+    def digest(**arguments: Any) -> str:
+        config = save(str(tmp_path / "face.safetensors"), unet.state_dict(), **arguments)
+        return load_backbone(STORE, config).card_sha256
+
+    assert digest() == digest(dtype=torch.float32)
+    assert digest() != digest(prediction="v")

@@ -378,6 +378,22 @@ def test_every_setting_that_differs_is_listed_with_both_values(manifest: Manifes
     ]
 
 
+def test_a_card_that_says_something_else_is_another_backbone(manifest: Manifest):
+    def resume_with(card: str | None) -> None:
+        check_resumable(
+            replace(manifest, backbone_card_sha256="d" * 64),
+            make_config(),
+            index_digest="i" * 64,
+            backbone_sha256="b" * 64,
+            backbone_card_sha256=card,
+            world_size=1,
+        )
+
+    resume_with("d" * 64)
+    with pytest.raises(CheckpointError, match=r"backbone's card was 'dddd"):
+        resume_with("e" * 64)
+
+
 def test_a_setting_that_only_the_checkpoint_has_is_listed_too(manifest: Manifest):
     older = replace(manifest, config=manifest.config | {"dropped": {"later": 5}})
     with pytest.raises(
@@ -397,3 +413,18 @@ def test_a_configuration_that_this_version_cannot_read_is_named(manifest: Manife
     older = replace(manifest, config=manifest.config | {"dropped": 5})
     with pytest.raises(CheckpointError, match=r"checkpoint step-00000002.*dropped"):
         checkpoint.run_of(older)
+
+
+def test_the_pointer_to_the_newest_one_never_runs_ahead_of_its_manifest(run: Run):
+    class FullAtTheEnd(ObjectStore):
+        def write(self, url: str, data: bytes, *, only_if_absent: bool = False) -> ObjectInfo:
+            if url.endswith(checkpoint.MANIFEST_NAME):
+                raise OSError("no space left")
+            return super().write(url, data, only_if_absent=only_if_absent)
+
+    run.publish(1)
+    with pytest.raises(OSError, match="no space left"):
+        run.publish(2, store=FullAtTheEnd())
+    latest = json.loads(Path(run.url, "checkpoints", "latest.json").read_text())
+    assert latest == {"name": checkpoint.checkpoint_name(1)}
+    assert checkpoint.find(STORE, run.url, None).step == 1

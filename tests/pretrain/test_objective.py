@@ -250,3 +250,26 @@ def test_a_subset_that_no_timestep_teaches_is_refused(mode, edges, subset: str):
 def test_in_base_mode_later_timesteps_teach_the_earlier_subsets():
     model = tiny_diti(timesteps=TimestepsConfig(edges=(200, 1000)))
     assert (gradient_of_z(model, torch.tensor([250])) != 0).all()
+
+
+@pytest.mark.parametrize("cap", [1.0, 5.0])
+def test_min_snr_caps_the_weight_of_clean_time_steps(cap: float):
+    snr = SCHEDULE.snr(STEPS)
+    expected = torch.where(snr > cap, cap / snr, 1.0)
+    assert (snr > cap).any()
+    assert (snr < cap).any()
+    torch.testing.assert_close(loss_weight(SCHEDULE, STEPS, "min_snr", min_snr_cap=cap), expected)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"weight": "snr", "snr_gamma": 0.7}, {"weight": "min_snr", "min_snr_cap": 0.3}],
+)
+def test_the_tasks_weight_and_its_numbers_reach_the_loss(changes: dict[str, object]):
+    images, t = random_images(1, side=SIZE_PX), STEPS
+    noise = random_images(2, side=SIZE_PX)
+    plain = tiny_diti(weight="constant")(images, t, noise)
+    schedule = tiny_diti().schedule
+    numbers_of = {key: value for key, value in changes.items() if key != "weight"}
+    w = loss_weight(schedule, t, changes["weight"], **numbers_of)  # pyright: ignore
+    torch.testing.assert_close(tiny_diti(**changes)(images, t, noise), w * plain)

@@ -15,6 +15,7 @@ from torch import Tensor
 from configs.schema import EncoderConfig, PublishedPartition, ScheduleConfig, UNetConfig
 from data_pipelines.object_store import ObjectMissingError, ObjectStore, join
 from pretrain import checkpoint
+from pretrain.diti import DiTi
 from pretrain.partition import published_partition
 from pretrain.published import (
     AuthorsCheckpoint,
@@ -581,37 +582,58 @@ def test_a_long_list_of_keys_is_cut(tmp_path: Path) -> None:
 # --- starting weights -----------------------------------------------------------------------------
 
 
-def expected_of(found: AuthorsCheckpoint) -> dict[str, tuple[int, ...]]:
-    model = found.build_diti()
-    return {
-        name: tuple(parameter.shape)
-        for name, parameter in model.named_parameters()
-        if not name.startswith("decoder.backbone.")
-    }
+def model_like(found: AuthorsCheckpoint, **changes: object) -> DiTi:
+    """A model for a run with the file's settings, but for these of its task."""
+    backbone = found.build_backbone()
+    task = found.task().model_copy(update=changes)
+    return DiTi(task, backbone, image_size_px=backbone.image_size_px)
 
 
-def test_a_run_can_start_from_an_authors_file(tmp_path: Path) -> None:
+def test_a_run_can_start_from_an_authors_file(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = write_run(tmp_path)
     found = load_authors_checkpoint(path)
-    weights = initial_weights(path, None, expected_of(found))
-    assert weights.keys() == expected_of(found).keys()
+    model = model_like(found)
+    weights = initial_weights(path, None, model)
+    assert weights.keys() == model.trained_state().keys()
     assert torch.equal(weights["encoder.encoder.0.weight"], found.encoder["encoder.0.weight"])
     assert torch.equal(weights["decoder.label_emb.bias"], found.shift["label_emb.bias"])
+    assert caplog.messages == []
 
 
 def test_weights_of_another_shape_are_refused_by_name(tmp_path: Path) -> None:
     path = write_run(tmp_path)
-    expected = expected_of(load_authors_checkpoint(path))
-    expected["encoder.encoder.0.bias"] = (64,)
-    del expected["decoder.label_emb.bias"]
+    found = load_authors_checkpoint(path)
+    assert found.encoder_config is not None
+    wider = found.encoder_config.model_copy(update={"channels": (64, 32)})
     with pytest.raises(PublishedCheckpointError) as error:
-        initial_weights(path, None, expected)
-    for word in (
-        str(path),
-        "extra: decoder.label_emb.bias",
-        "encoder.encoder.0.bias (32,) instead of (64,)",
-    ):
+        initial_weights(path, None, model_like(found, encoder=wider))
+    for word in (str(path), "wrong shape: ", "encoder.encoder.0.bias (32,) instead of (64,)"):
         assert word in str(error.value)
+
+
+def test_what_shapes_do_not_tell_is_compared_too(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_run(tmp_path)
+    found = load_authors_checkpoint(path)
+    assert found.encoder_config is not None
+    heads = found.encoder_config.model_copy(update={"num_heads": 2})
+    with pytest.raises(PublishedCheckpointError, match=r"attention heads.*num_heads="):
+        initial_weights(path, None, model_like(found, encoder=heads))
+
+    model = model_like(found)
+    with torch.no_grad():
+        model.decoder.backbone.get_parameter("out.2.bias").add_(0.1)
+    with pytest.raises(
+        PublishedCheckpointError, match=r"another backbone.*1 tensors.*out\.2\.bias"
+    ):
+        initial_weights(path, None, model)
+
+    assert caplog.messages == []
+    initial_weights(path, None, model_like(found, mode="dual"))
+    assert f"{path} was trained with another mode than this run" in caplog.messages
 
 
 def test_a_start_that_is_not_there_is_named(tmp_path: Path) -> None:

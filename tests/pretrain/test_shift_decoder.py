@@ -10,6 +10,7 @@ from configs.schema import EncoderConfig, UNetConfig
 from pretrain.encoder import Encoder
 from pretrain.shift_decoder import ShiftDecoder
 from pretrain.unet import UNet
+from tests.tiny_model import tiny_diti
 from tools.benchmarks import plain_model
 
 # 64 + 96 channels meet in a skip: the boundary cuts through one of the 32 groups.
@@ -137,3 +138,11 @@ def test_dropout_of_the_shift_path_is_on_in_training_and_off_in_evaluation():
     decoder.eval()
     shifts = [decoder(x, t, z)[1] for _ in range(2)]
     assert torch.equal(*shifts)
+
+
+def test_the_backbone_stays_in_eval_mode_whatever_the_model_is_put_in():
+    model = tiny_diti()
+    for mode in (True, False, True):
+        model.train(mode)
+        assert model.encoder.training is mode
+        assert not any(module.training for module in model.decoder.backbone.modules())

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load as load_safetensors
@@ -21,10 +22,12 @@ from data_pipelines.bad_samples import (
     from_json_lines,
 )
 from data_pipelines.object_store import ObjectStore, join
+from data_pipelines.sample_stream import Batch
 from data_pipelines.tar_members import ShardMismatchError
 from pretrain import checkpoint
+from pretrain.position_noise import draw
 from pretrain.preflight import preflight, run_url
-from pretrain.train import Progress, run
+from pretrain.train import Progress, TrainingDivergedError, _to_tensors, build_model, run
 from pretrain.trained import load_diti, load_encoder
 from pretrain.world import World
 from tests.tars import headers
@@ -329,3 +332,47 @@ def test_a_weight_below_one_lane_is_refused_before_the_start(tmp_path: Path):
     config = with_sources(make_run(STORE, str(tmp_path), *SHORT, "data.lanes=1"), tmp_path)
     with pytest.raises(ValueError, match=r"without any of 1 lanes; use at least data\.lanes=4"):
         preflight(config, 1)
+
+
+# --- what each step draws, and when it ends -------------------------------------------------------
+
+
+def test_dropout_is_drawn_anew_at_every_step_and_alike_after_a_restart(tmp_path: Path):
+    config = make_run(STORE, str(tmp_path), *SHORT, "train.log_every_steps=1", dropout=0.5)
+    seeds: list[int] = []
+    run(config, local_dir=tmp_path, report=lambda progress: seeds.append(torch.initial_seed()))
+    assert len(set(seeds)) == 4
+    again = config.model_copy(update={"name": "again"})
+    run_in_two_parts(again, tmp_path)
+    run(again, local_dir=tmp_path)
+    ends = [tensors(each, 4, checkpoint.WEIGHTS_NAME) for each in (config, again)]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    without = make_run(STORE, str(tmp_path / "without"), *SHORT)
+    run(without, local_dir=tmp_path)
+    name = next(name for name in ends[0] if name.startswith("decoder."))
+    assert not torch.equal(ends[0][name], tensors(without, 4, checkpoint.WEIGHTS_NAME)[name])
+
+
+def test_images_are_mirrored_where_their_coin_says_so(tmp_path: Path):
+    config = make_run(STORE, str(tmp_path), "data.horizontal_flip=true")
+    model, _ = build_model(config, STORE, torch.device("cpu"))
+    ramp = np.tile(np.arange(32, dtype=np.uint8)[None, None, :, None], (8, 32, 1, 3))
+    batch = Batch(ramp, np.arange(8), ("key",) * 8)
+    images, _, noise = _to_tensors(batch, config, model.timesteps, torch.device("cpu"))
+    coins = draw(
+        batch.positions, seed=config.seed, timesteps=model.timesteps, global_batch=32,
+        image_shape=(3, 32, 32),
+    ).flip_B  # fmt: skip
+    assert 0 < coins.sum() < 8
+    falls = (images[:, 0, 0, -1] < images[:, 0, 0, 0]).tolist()
+    assert falls == coins.tolist()
+    assert images.shape == noise.shape == (8, 3, 32, 32)
+    assert images.is_contiguous()
+
+
+def test_a_run_whose_loss_is_no_number_stops_and_says_what_to_do(tmp_path: Path):
+    config = make_run(STORE, str(tmp_path), *SHORT, "optimizer.learning_rate=1e30")
+    with pytest.raises(TrainingDivergedError, match=r"newest complete checkpoint is step \d"):
+        run(config, local_dir=tmp_path)
+    steps = checkpoint.complete_steps(STORE, run_url(config))
+    assert steps[-1] < 4, "weights that are no numbers are not published"

@@ -45,6 +45,12 @@ def test_every_row_is_there_once_and_in_order(made: ShardIndex):
     ]
 
 
+def test_tars_of_an_attempt_with_other_numbers_are_not_left_among_the_new_ones(tmp_path: Path):
+    STORE.write(str(tmp_path / "00002.tar"), b"of a larger set that was never finished")
+    with pytest.raises(AlreadyExistsError, match=r"1 tars that would not belong.*00002\.tar"):
+        make_avatars(SPEC, 4, STORE, str(tmp_path), rows_per_shard=2, workers=1)
+
+
 def test_the_number_of_processes_changes_nothing(made: ShardIndex, tmp_path: Path):
     reported: list[int] = []
     alone = make_avatars(
@@ -62,8 +68,8 @@ def test_a_set_that_is_there_is_not_overwritten(made: ShardIndex):
     assert STORE.read(f"{made.url}/00000.tar") == before
 
 
-@pytest.mark.parametrize(("count", "rows_per_shard"), [(0, 3), (7, 0), (-1, 3)])
+@pytest.mark.parametrize(("count", "rows_per_shard"), [(0, 3), (7, 0), (-1, 3), (7, 10_001)])
 def test_nothing_to_make_is_refused(tmp_path: Path, count: int, rows_per_shard: int):
-    with pytest.raises(ValueError, match=f"at least 1, got {count} and {rows_per_shard}"):
+    with pytest.raises(ValueError, match=f"1 to 10000, got {count} and {rows_per_shard}"):
         make(tmp_path, workers=1, count=count, rows_per_shard=rows_per_shard)
     assert STORE.list(str(tmp_path)) == []

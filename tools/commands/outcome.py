@@ -35,6 +35,9 @@ def clear_errors(*, goes_on: bool = False) -> Iterator[None]:
     except refusals as error:
         typer.echo(f"diti: {error}", err=True)
         raise typer.Exit(2) from error
+    except RecursionError as error:
+        typer.echo("diti: an input is nested too deeply to be read", err=True)
+        raise typer.Exit(2) from error
     except (*failures, OSError) as error:
         typer.echo(f"diti: {error}", err=True)
         raise typer.Exit(1) from error
