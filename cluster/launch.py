@@ -2,8 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from cluster.coordinator import NAMESPACE, start_coordinator
-from cluster.session import last_line, ray_session, result_of
+from cluster.session import interrupts_raised, last_line, ray_session, result_of
 from configs.loading import digest
 from configs.schema import DitiTask, RunConfig
 from data_pipelines.object_store import StoreError, absolute
@@ -67,7 +66,7 @@ def launch_training(
         result_of(coordinator.index.remote())
         watching = _watch(coordinator, on_progress)
         try:
-            with _interrupts_raised():
+            with interrupts_raised(signal.SIGINT):
                 _trainer(config, local_dir).fit()
             return checkpoint.find(open_store(config), run_url(config), None)
         except (TrainingFailedError, StoreError) as error:
@@ -114,22 +113,6 @@ def _trainer(config: RunConfig, local_dir: Path) -> TorchTrainer:
             worker_runtime_env={"env_vars": environment},
         ),
     )
-
-
-@contextmanager
-def _interrupts_raised() -> Iterator[None]:
-    """Ctrl-C ends the block as KeyboardInterrupt, and its handler is as before afterwards.
-
-    Ray Train installs a handler of its own, which ends the run and then calls `sys.exit(0)`.
-    """
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit as error:
-        raise KeyboardInterrupt from error
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, before)
 
 
 def _train_on_worker(arguments: dict[str, Any]) -> None:

@@ -42,21 +42,32 @@ def ray_session(num_cpus: int, num_gpus: int = 0) -> Iterator[None]:
             ray.shutdown()
 
 
+@contextmanager
+def interrupts_raised(number: signal.Signals) -> Iterator[None]:
+    """A signal ends the block as KeyboardInterrupt, and its handler is as before afterwards.
+
+    Ray installs handlers of its own, which call `sys.exit` or abort; ours unwind, and so end what
+    was started.
+    """
+    before = signal.getsignal(number)
+    try:
+        yield
+    except SystemExit as error:
+        raise KeyboardInterrupt from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(number, before)
+
+
 def _start(num_cpus: int) -> None:
-    on_sigterm = signal.getsignal(signal.SIGTERM)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # A local session has a token of its own, and Ray warns about it at every start.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel("ERROR")
     local = (
         {} if "RAY_ADDRESS" in os.environ else {"num_cpus": num_cpus, "include_dashboard": False}
     )
-    # Ray installs handlers that abort or exit at once; ours unwind, and so end what was started.
-    try:
+    with interrupts_raised(signal.SIGTERM):
         ray.init(**local, log_to_driver=False, logging_level=logging.WARNING)
-    except SystemExit as error:
-        raise KeyboardInterrupt from error
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_sigterm)
 
 
 def _check_gpus(num_gpus: int) -> None:

@@ -34,24 +34,24 @@ class DecodeError(ValueError):
     """The bytes are not an image that can be used."""
 
 
-def decode_image(data: bytes, size_px: int, place: float = 0.5) -> NDArray[np.uint8]:
-    """Decode, cut a square, resize, turn upright; (size_px, size_px, 3) uint8 RGB.
+def decode_image(data: bytes, size_px: int) -> NDArray[np.uint8]:
+    """Decode, cut the centre square, resize, turn upright; (size_px, size_px, 3) uint8 RGB.
 
     A JPEG of twice the size and more is decoded at a half, a quarter or an eighth of its scale.
-
-    Args:
-        place: of the square along the longer side, in [0, 1); 0.5 is the centre.
 
     Raises:
         DecodeError: not an image, damaged, or more than MAX_PIXELS.
     """
     out = np.empty((size_px, size_px, 3), np.uint8)
-    decode_image_into(out, data, place)
+    decode_image_into(out, data, place=0.5)
     return out
 
 
-def decode_image_into(out: NDArray[np.uint8], data: bytes, place: float = 0.5) -> None:
+def decode_image_into(out: NDArray[np.uint8], data: bytes, place: float) -> None:
     """The same into a contiguous array of that shape. After an error, its content is not defined.
+
+    Args:
+        place: of the square along the longer side, in [0, 1); 0.5 is the centre.
 
     Raises:
         DecodeError: as `decode_image`.

@@ -135,13 +135,14 @@ def _where(table: MemberTable, row: int, extensions: Sequence[str] | None) -> Sa
 
 
 def _dead_letter(sample: Sample, error: Exception) -> DeadLetter:
+    start, end = sample.get("__span__", (0, 0))
     return DeadLetter(
         position=sample["__position__"],
         shard=sample["__shard__"],
         row=sample["__row__"],
         key=sample.get("__key__", ""),
-        start=sample.get("__span__", (0, 0))[0],
-        end=sample.get("__span__", (0, 0))[1],
+        start=start,
+        end=end,
         cause=cause_of(error),
         reason=str(error),
     )

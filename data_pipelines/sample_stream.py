@@ -82,14 +82,14 @@ def open_stream(
     return prefetched(iter(pipeline), data.prefetch_batches)
 
 
-def decode_sample(sample: Sample, size_px: int, place: float = 0.5) -> NDArray[np.uint8]:
-    """The sample's image, (H, W, 3) uint8; `place` of the square as in `decode_image`.
+def decode_sample(sample: Sample, size_px: int) -> NDArray[np.uint8]:
+    """The sample's image, its centre square, (H, W, 3) uint8.
 
     Raises:
         DecodeError: naming key and shard.
     """
     out = np.empty((size_px, size_px, 3), np.uint8)
-    _decode_into(out, sample, place)
+    _decode_into(out, sample, place=0.5)
     return out
 
 

@@ -177,11 +177,11 @@ def find(store: ObjectStore, run_url: str, step: int | None) -> Manifest:
         CheckpointError: there is none; the message lists those there are.
     """
     steps = complete_steps(store, run_url)
-    if not steps or step not in (None, *steps):
-        if not steps:
-            raise CheckpointError(
-                f"{run_url} has no complete checkpoint; check the URL, or train the run first"
-            )
+    if not steps:
+        raise CheckpointError(
+            f"{run_url} has no complete checkpoint; check the URL, or train the run first"
+        )
+    if step not in (None, *steps):
         raise CheckpointError(
             f"{run_url} has no complete checkpoint at step {step}; the last of {len(steps)} are "
             f"the steps {steps[-5:]}"

@@ -164,11 +164,7 @@ def load_denoiser_weights(
     return {name.removeprefix("unet."): tensor for name, tensor in weights.items()}
 
 
-def initial_weights(
-    source: str | Path,
-    store: ObjectStore | None = None,
-    model: DiTi | None = None,
-) -> Mapping[str, Tensor]:
+def initial_weights(source: str | Path, store: ObjectStore, model: DiTi) -> Mapping[str, Tensor]:
     """Weights to start a DiTi run from: encoder and shift path, averaged, by `DiTi`'s names.
 
     Args:
@@ -182,17 +178,14 @@ def initial_weights(
         PublishedCheckpointError: they do not fit `model`, or as `load_authors_checkpoint`.
         CheckpointError: the run has no complete checkpoint, or a damaged one.
     """
-    store = store or ObjectStore()
     url = absolute(str(source))
     if url.endswith(_FILE_ENDINGS) or store.exists(url):
         authors = load_authors_checkpoint(url, store=store)
         weights = authors.trained_weights()
-        if model is not None:
-            _compare(authors, model)
+        _compare(authors, model)
     else:
         weights = _weights(store, url, checkpoint.find(store, url, None), ema=True)
-    expected = shapes_of(weights if model is None else model.trained_state())
-    if problems := state_problems(shapes_of(weights), expected):
+    if problems := state_problems(shapes_of(weights), shapes_of(model.trained_state())):
         raise PublishedCheckpointError(
             f"{source} cannot start this run: its encoder and shift path are of another shape; "
             f"{problems}. Give task.encoder and task.backbone the shapes of that file."

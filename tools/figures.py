@@ -2,10 +2,9 @@
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import jinja2
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
@@ -24,14 +23,6 @@ STYLE: dict[Any, Any] = {
     "grid.color": "#eceff2",
     "figure.dpi": 130,
 }
-
-
-def render_page(template: str, content: Mapping[str, Any]) -> str:
-    """One of `tools/templates` as a page that needs nothing beside it."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("tools"), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    return environment.get_template(template).render(content)
 
 
 def histogram_bars(histogram: Histogram, quantity: Quantity) -> str:

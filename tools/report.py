@@ -12,6 +12,7 @@ from tools import figures
 from tools.attribute_probe import ProbeResult
 from tools.denoising import FourLosses, four_losses, timestep_losses, to_unit
 from tools.labels import read_pixels, read_source
+from tools.page import render_page
 from tools.pictures import interpolations, reconstructions, to_pixels
 
 NUM_LOSS_IMAGES = 1024
@@ -57,7 +58,7 @@ def make_report(
     faces_a = images[:NUM_PAIRS]
     faces_b = images[NUM_PAIRS : 2 * NUM_PAIRS]
     page = {
-        "name": config.name,
+        "title": config.name,
         "images": f"{manifest.images:,}",
         "steps": f"{manifest.step:,}",
         "latent_dim": model.partition.latent_dim,
@@ -81,7 +82,7 @@ def make_report(
         "config": dump_run(config),
         **_probe_tables(probes),
     }
-    return figures.render_page("report.html", page), losses
+    return render_page("report.html", page), losses
 
 
 def _tiles(probes: list[ProbeResult], losses: FourLosses) -> list[dict[str, str]]:

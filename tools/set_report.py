@@ -4,7 +4,8 @@ from typing import Any
 
 from data_pipelines.set_stats import QUANTITIES, SetStats
 from data_pipelines.shard_index import ShardIndex
-from tools.figures import histogram_bars, render_page
+from tools.figures import histogram_bars
+from tools.page import render_page
 
 
 def make_set_report(index: ShardIndex, stats: SetStats) -> str:
@@ -13,7 +14,7 @@ def make_set_report(index: ShardIndex, stats: SetStats) -> str:
     return render_page(
         "stats.html",
         {
-            "url": index.url,
+            "title": index.url,
             "samples": f"{stats.samples:,}",
             "shards": f"{len(index.shards):,}",
             "size": f"{size_bytes / 2**20:,.1f} MiB",

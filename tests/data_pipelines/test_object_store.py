@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_pipelines.local_s3 import LocalS3, local_s3
+from data_pipelines.local_s3 import LocalS3
 from data_pipelines.object_store import (
     AccessRefusedError,
     AlreadyExistsError,
@@ -526,15 +526,6 @@ def test_a_parquet_column_costs_its_own_bytes_only(behind, s3_url: str):
 
 
 # --------------------------------------------------------------------- S3 that hangs, dies, returns
-
-
-@pytest.fixture
-def victim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalS3]:
-    """A server of the test's own, to be mistreated."""
-    with local_s3(tmp_path / "victim") as server:
-        for name, value in server.environment().items():
-            monkeypatch.setenv(name, value)
-        yield server
 
 
 def test_a_hung_server_ends_every_call_by_the_deadline_plus_one_timeout(

@@ -3,7 +3,7 @@
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
@@ -15,7 +15,7 @@ from cluster.export import export_features
 from cluster.launch import RunFailedError, launch_training
 from cluster.session import ray_session
 from configs.schema import RunConfig
-from data_pipelines.local_s3 import LocalS3, local_s3
+from data_pipelines.local_s3 import LocalS3
 from data_pipelines.object_store import ObjectStore, join
 from pretrain import checkpoint
 from pretrain.preflight import run_url
@@ -23,15 +23,6 @@ from pretrain.train import Progress
 from tests.tiny_run import make_run, make_shards
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
-
-
-@pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalS3]:
-    """A server of this test's own, which it may kill."""
-    with local_s3(tmp_path / "s3") as server:
-        for name, value in server.environment().items():
-            monkeypatch.setenv(name, value)
-        yield server
 
 
 class Once:
@@ -52,13 +43,13 @@ def trained_on(store: ObjectStore, run: RunConfig) -> list[int]:
     return [position for position, _ in checkpoint.read_samples(store, run_url(run), manifest)]
 
 
-def test_a_server_that_comes_back_costs_nothing(server: LocalS3, tmp_path: Path) -> None:
+def test_a_server_that_comes_back_costs_nothing(victim: LocalS3, tmp_path: Path) -> None:
     store = ObjectStore()
     run = make_run(store, "s3://diti/x", "train.total_images=1280")
 
     def out_for_five_seconds() -> None:
-        server.stop()
-        threading.Timer(5, server.restart).start()
+        victim.stop()
+        threading.Timer(5, victim.restart).start()
 
     harm = Once(out_for_five_seconds)
     with ray_session(num_cpus=2):
@@ -68,7 +59,7 @@ def test_a_server_that_comes_back_costs_nothing(server: LocalS3, tmp_path: Path)
 
 
 def test_a_server_that_stays_away_fails_the_run_and_the_same_command_goes_on(
-    server: LocalS3, tmp_path: Path
+    victim: LocalS3, tmp_path: Path
 ) -> None:
     store = ObjectStore()
     run = make_run(
@@ -79,17 +70,17 @@ def test_a_server_that_stays_away_fails_the_run_and_the_same_command_goes_on(
         "store.deadline_seconds=4",
         "store.request_timeout_seconds=2",
     )
-    harm = Once(server.stop)
+    harm = Once(victim.stop)
     with ray_session(num_cpus=2):
         with pytest.raises(RunFailedError, match="did not serve") as failed:
             launch_training(run, local_dir=tmp_path / "local", on_progress=harm)
         assert len(str(failed.value).splitlines()) == 1
-        server.restart()
+        victim.restart()
         launch_training(run, local_dir=tmp_path / "local")
     assert trained_on(store, run) == list(range(1280))
 
 
-def test_a_dead_coordinator_is_rebuilt(server: LocalS3, tmp_path: Path) -> None:
+def test_a_dead_coordinator_is_rebuilt(victim: LocalS3, tmp_path: Path) -> None:
     store = ObjectStore()
     run = make_run(store, "s3://diti/x", "train.total_images=1280")
 
@@ -108,7 +99,7 @@ def test_a_dead_coordinator_is_rebuilt(server: LocalS3, tmp_path: Path) -> None:
     assert trained_on(store, run) == list(range(1280))
 
 
-def test_a_killed_exporter_is_replaced(server: LocalS3, tmp_path: Path) -> None:
+def test_a_killed_exporter_is_replaced(victim: LocalS3, tmp_path: Path) -> None:
     store = ObjectStore()
     run = make_run(store, "s3://diti/x", "train.total_images=32", "cluster.num_workers=1")
     shards = "s3://diti/x/many"

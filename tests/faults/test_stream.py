@@ -5,7 +5,6 @@ import threading
 import time
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import psutil
@@ -13,7 +12,7 @@ import pytest
 import simplejpeg
 
 from configs.schema import DataConfig
-from data_pipelines.local_s3 import LocalS3, local_s3
+from data_pipelines.local_s3 import LocalS3
 from data_pipelines.object_store import ObjectStore, StoreUnavailableError
 from data_pipelines.sample_order import SampleOrder
 from data_pipelines.sample_stream import Batch, open_stream
@@ -22,15 +21,6 @@ from data_pipelines.shard_writer import write_shard
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 SIDE, BATCH = 64, 50
-
-
-@pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalS3]:
-    """A server of this test's own, which it may stop."""
-    with local_s3(tmp_path / "s3") as server:
-        for name, value in server.environment().items():
-            monkeypatch.setenv(name, value)
-        yield server
 
 
 def write_set(url: str, shards: int = 8, rows: int = 250) -> ShardIndex:
@@ -49,12 +39,12 @@ def stream(index: ShardIndex, store: ObjectStore) -> Iterator[Batch]:
     )  # fmt: skip
 
 
-def test_a_server_away_for_20_seconds_costs_no_sample(server: LocalS3) -> None:
+def test_a_server_away_for_20_seconds_costs_no_sample(victim: LocalS3) -> None:
     index = write_set("s3://diti/set")
     batches = stream(index, ObjectStore(request_timeout_seconds=5))
     positions = list(next(batches).positions)
-    server.stop()
-    threading.Timer(20, server.restart).start()
+    victim.stop()
+    threading.Timer(20, victim.restart).start()
     start = time.monotonic()
     for batch in islice(batches, 2 * index.num_samples // BATCH):
         assert batch.dead_letters == ()
@@ -63,22 +53,22 @@ def test_a_server_away_for_20_seconds_costs_no_sample(server: LocalS3) -> None:
     assert positions == list(range(len(positions)))
 
 
-def test_a_server_away_for_longer_than_the_deadline_is_one_clear_error(server: LocalS3) -> None:
+def test_a_server_away_for_longer_than_the_deadline_is_one_clear_error(victim: LocalS3) -> None:
     index = write_set("s3://diti/set")
     batches = stream(index, ObjectStore(deadline_seconds=3, request_timeout_seconds=1))
     next(batches)
-    server.stop()
+    victim.stop()
     with pytest.raises(StoreUnavailableError) as caught:
         for _ in islice(batches, index.num_samples // BATCH):
             pass
     said = str(caught.value)
-    assert server.endpoint_url in said
+    assert victim.endpoint_url in said
     assert re.search(r"s3://diti/set/\d{5}\.(tar|members\.parquet)", said)
     assert re.search(r"in \d+\.\d s and \d+ attempts \(deadline 3 s\)", said)
     assert "the last one failed with" in said
 
 
-def test_memory_is_flat_over_200_000_samples(server: LocalS3) -> None:
+def test_memory_is_flat_over_200_000_samples(victim: LocalS3) -> None:
     index = write_set("s3://diti/set")
     batches = stream(index, ObjectStore())
     process = psutil.Process()

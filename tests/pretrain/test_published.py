@@ -595,7 +595,7 @@ def test_a_run_can_start_from_an_authors_file(
     path = write_run(tmp_path)
     found = load_authors_checkpoint(path)
     model = model_like(found)
-    weights = initial_weights(path, None, model)
+    weights = initial_weights(path, ObjectStore(), model)
     assert weights.keys() == model.trained_state().keys()
     assert torch.equal(weights["encoder.encoder.0.weight"], found.encoder["encoder.0.weight"])
     assert torch.equal(weights["decoder.label_emb.bias"], found.shift["label_emb.bias"])
@@ -608,7 +608,7 @@ def test_weights_of_another_shape_are_refused_by_name(tmp_path: Path) -> None:
     assert found.encoder_config is not None
     wider = found.encoder_config.model_copy(update={"channels": (64, 32)})
     with pytest.raises(PublishedCheckpointError) as error:
-        initial_weights(path, None, model_like(found, encoder=wider))
+        initial_weights(path, ObjectStore(), model_like(found, encoder=wider))
     for word in (str(path), "wrong shape: ", "encoder.encoder.0.bias (32,) instead of (64,)"):
         assert word in str(error.value)
 
@@ -621,7 +621,7 @@ def test_what_shapes_do_not_tell_is_compared_too(
     assert found.encoder_config is not None
     heads = found.encoder_config.model_copy(update={"num_heads": 2})
     with pytest.raises(PublishedCheckpointError, match=r"attention heads.*num_heads="):
-        initial_weights(path, None, model_like(found, encoder=heads))
+        initial_weights(path, ObjectStore(), model_like(found, encoder=heads))
 
     model = model_like(found)
     with torch.no_grad():
@@ -629,20 +629,21 @@ def test_what_shapes_do_not_tell_is_compared_too(
     with pytest.raises(
         PublishedCheckpointError, match=r"another backbone.*1 tensors.*out\.2\.bias"
     ):
-        initial_weights(path, None, model)
+        initial_weights(path, ObjectStore(), model)
 
     assert caplog.messages == []
-    initial_weights(path, None, model_like(found, mode="dual"))
+    initial_weights(path, ObjectStore(), model_like(found, mode="dual"))
     assert f"{path} was trained with another mode than this run" in caplog.messages
 
 
 def test_a_start_that_is_not_there_is_named(tmp_path: Path) -> None:
+    model = model_like(load_authors_checkpoint(write_run(tmp_path)))
     with pytest.raises(ObjectMissingError, match=r"gone\.pt"):
-        initial_weights(tmp_path / "gone.pt")
+        initial_weights(tmp_path / "gone.pt", ObjectStore(), model)
     with pytest.raises(checkpoint.CheckpointError, match="no complete checkpoint"):
-        initial_weights(tmp_path / "gone")
+        initial_weights(tmp_path / "gone", ObjectStore(), model)
     with pytest.raises(PublishedCheckpointError, match="without an encoder"):
-        initial_weights(write_denoiser(tmp_path / "faces"))
+        initial_weights(write_denoiser(tmp_path / "faces"), ObjectStore(), model)
 
 
 def test_an_encoder_without_attention_is_read(tmp_path: Path) -> None:

@@ -24,8 +24,8 @@ LANES = 16
 """Places that ours reads side by side: 16 windows of 128 rows mix as a buffer of 2,048 would."""
 
 
-def ours(settings: dict[str, Any]) -> Iterator[np.ndarray]:
-    """This project's stream."""
+def ours(settings: dict[str, Any], first_batch: int = 0) -> Iterator[np.ndarray]:
+    """This project's stream, to the end of the epoch; it knows nothing but where the shards are."""
     from configs.schema import DataConfig
     from data_pipelines.object_store import ObjectStore
     from data_pipelines.sample_order import SampleOrder
@@ -39,28 +39,31 @@ def ours(settings: dict[str, Any]) -> Iterator[np.ndarray]:
     index = read_index(store, data.folders[0])
     order = SampleOrder(index.sizes, seed=0, lanes=LANES, window_rows=data.window_rows)
     split = {"global_batch": batch, "micro_batch": batch, "rank": 0, "world_size": 1}
-    batches = open_stream(store, index, order, data, **split, first_batch=0)
-    for _ in range(index.num_samples // batch):
+    batches = open_stream(store, index, order, data, **split, first_batch=first_batch)
+    for _ in range(first_batch, index.num_samples // batch):
         yield next(batches).images
 
 
 def webdataset(settings: dict[str, Any]) -> Iterator[np.ndarray]:
     """WebDataset's pipeline in the DataLoader, tars through curl from presigned URLs."""
-    import webdataset as wds
     from torch.utils.data import DataLoader
 
-    decoder = _decode_fast if settings["fast_codec"] else "rgb8"
-    dataset = (
-        wds.WebDataset(  # pyright: ignore[reportAttributeAccessIssue]
-            settings["pipes"], shardshuffle=100, seed=0
-        )
-        .shuffle(1000)
-        .decode(decoder)
-        .to_tuple("jpg")
-        .batched(settings["batch"])
-    )
+    dataset = webdataset_batches(settings)
     for (images,) in DataLoader(dataset, batch_size=None, num_workers=settings["workers"]):
         yield np.asarray(images)
+
+
+def webdataset_batches(settings: dict[str, Any], first_batch: int = 0) -> Any:
+    """The data set itself; to get to a batch it reads, and throws away, what comes before."""
+    import webdataset as wds
+
+    dataset = wds.WebDataset(  # pyright: ignore[reportAttributeAccessIssue]
+        settings["pipes"], shardshuffle=100, seed=0
+    ).shuffle(1000)
+    if first_batch:
+        dataset = dataset.slice(first_batch * settings["batch"], 10**9)
+    decoder = _decode_fast if settings["fast_codec"] else "rgb8"
+    return dataset.decode(decoder).to_tuple("jpg").batched(settings["batch"])
 
 
 def streaming(settings: dict[str, Any]) -> Iterator[np.ndarray]:

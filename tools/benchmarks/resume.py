@@ -11,61 +11,24 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+# What the loaders import when they are called is imported here: it does not count. pandas would be
+# by pyarrow, at its first use.
+import pandas as pd  # noqa: F401
+import webdataset as wds  # noqa: F401
+
+import data_pipelines.sample_stream  # noqa: F401
 from data_pipelines.local_s3 import local_s3
 from data_pipelines.object_store import ObjectStore
-from tools.benchmarks.loading import SIZE_PX, presigned, write_tars
-from tools.benchmarks.loading_peers import LANES
+from tools.benchmarks.loading import presigned, write_tars
+from tools.benchmarks.loading_peers import ours, webdataset_batches
 
 BATCH = 64
 SHARES = (0.0, 0.5, 0.99)
-
-
-def ours(settings: dict[str, Any], first_batch: int) -> Callable[[], Any]:
-    """Index and order are read, too: a restarted run has nothing."""
-    import pandas as pd  # noqa: F401 (pyarrow would at its first use, and imports do not count)
-
-    from configs.schema import DataConfig
-    from data_pipelines.sample_order import SampleOrder
-    from data_pipelines.sample_stream import open_stream
-    from data_pipelines.shard_index import read_index
-
-    def start() -> Any:
-        store = ObjectStore()
-        index = read_index(store, settings["shards"])
-        data = DataConfig(shards=index.url, image_size_px=SIZE_PX)
-        order = SampleOrder(index.sizes, seed=0, lanes=LANES, window_rows=data.window_rows)
-        split = {"global_batch": BATCH, "micro_batch": BATCH, "rank": 0, "world_size": 1}
-        return next(open_stream(store, index, order, data, **split, first_batch=first_batch))
-
-    return start
-
-
-def webdataset(settings: dict[str, Any], first_batch: int) -> Callable[[], Any]:
-    """One process reads, skips what was trained on, and decodes from there."""
-    import webdataset as wds
-
-    def start() -> Any:
-        dataset = (
-            wds.WebDataset(  # pyright: ignore[reportAttributeAccessIssue]
-                settings["pipes"], shardshuffle=100, seed=0
-            )
-            .shuffle(1000)
-            .slice(first_batch * BATCH, 10**9)
-            .decode("rgb8")
-            .to_tuple("jpg")
-            .batched(BATCH)
-        )
-        return next(iter(dataset))
-
-    return start
-
-
-LOADERS = {"ours": ours, "webdataset": webdataset}
+LOADERS = {"ours": ours, "webdataset": webdataset_batches}
 
 
 def first_batch_seconds(loader: str, settings: dict[str, Any], first_batch: int) -> float:
@@ -83,16 +46,21 @@ def main() -> None:
     args = parser.parse_args()
     if args.start:
         loader, settings, first_batch = json.loads(args.start)
-        start = LOADERS[loader](settings, first_batch)
         begin = time.perf_counter()
-        start()
+        next(iter(LOADERS[loader](settings, first_batch)))
         print(time.perf_counter() - begin, flush=True)
         os._exit(0)  # threads that read ahead need not be waited for
     with tempfile.TemporaryDirectory() as folder, local_s3(Path(folder, "s3")) as server:
         os.environ |= server.environment()
         index = write_tars(ObjectStore(), "s3://diti/photographs", args.images)
         pipes = [f"pipe:curl -s '{presigned(shard.url)}'" for shard in index.shards]
-        settings = {"shards": index.url, "pipes": pipes}
+        settings = {
+            "shards": index.url,
+            "pipes": pipes,
+            "batch": BATCH,
+            "workers": 2,
+            "fast_codec": False,
+        }
         batches = args.images // BATCH
         starts = [(loader, share) for loader in LOADERS for share in SHARES]
         seconds: dict[tuple[str, float], list[float]] = {start: [] for start in starts}
