@@ -86,23 +86,26 @@ def verify_set(
     """What is wrong with a shard set, one line each, and how many samples are interleaved.
 
     Args:
-        deep: read every byte of every shard and decode its images; otherwise only the listing is
-            looked at, and no interleaved sample is seen.
+        deep: read every byte of every shard and decode its images; otherwise the listing is looked
+            at, a local tar is read only if it was written again, and no interleaved sample is seen.
 
     Raises:
         TarWorkFailedError: the store or Ray failed.
     """
     listing = store.list(index.url)
-    problems = {shard.name: problem for shard, problem in changed_shards(index, listing).items()}
-    problems |= _without_members(index, listing)
+    changed = changed_shards(store, index, listing)
+    problems = _without_members(index, listing)
+    problems |= {shard.name: problem for shard, problem in changed.items()}
     interleaved = 0
     if deep:
-        names = [shard.name for shard in index.shards if shard.name not in problems]
+        there = {info.url for info in listing}
+        readable = (shard for shard in index.shards if {shard.url, shard.members_url} <= there)
+        names = [shard.name for shard in readable]
         task = partial(_verify_one, {shard.name: shard for shard in index.shards})
         found = on_every_tar(store, index.url, names, num_workers, task, on_progress)
         problems |= {name: problem for name, (problem, _) in found.items() if problem}
         interleaved = sum(count for _, count in found.values())
-    problems |= _unindexed(index, listing) | _repeated(index)
+    problems = _repeated(index) | _unindexed(index, listing) | problems  # the gravest last
     return [f"{name} {problem}" for name, problem in sorted(problems.items())], interleaved
 
 
@@ -147,14 +150,14 @@ def _index_one(store: ObjectStore, url: str, name: str) -> Indexed:
 
 
 def _known_line(store: ObjectStore, url: str, name: str, info: ObjectInfo) -> Indexed | None:
-    """What an earlier indexing of the same tar found. Local files have no ETag: read again."""
+    """What an earlier indexing of the same tar found."""
     try:
         data = store.read(join(url, members_name(name)))
         shard, interleaved = shard_of_members(url, data)
     except (ObjectMissingError, pa.ArrowException, KeyError, ValueError):
         return None
     same = (shard.name, shard.size_bytes, shard.etag) == (name, info.size_bytes, info.etag)
-    return Indexed(shard, interleaved) if same and info.etag else None
+    return Indexed(shard, interleaved) if same else None
 
 
 def _verify_one(

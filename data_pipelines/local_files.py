@@ -7,6 +7,7 @@ the same folder, flushed to disk, and then moved. `.partial` files of killed wri
 import hashlib
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -23,6 +24,8 @@ from data_pipelines.store_errors import (
 )
 
 _PARTIAL = ".partial"
+WRITTEN = "written-"
+"""Begins the ETag of a local file; the time of its last change in nanoseconds follows."""
 
 
 @contextmanager
@@ -47,12 +50,16 @@ def sha256_of(path: Path) -> str:
 
 
 def file_info(path: Path, url: str) -> ObjectInfo:
-    """Size of a regular file. Raises ObjectMissingError, also for a folder."""
+    """Size and ETag of a regular file. Raises ObjectMissingError, also for a folder."""
     with local_errors(url):
-        size_bytes = path.stat().st_size
-    if not path.is_file():
+        found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
         raise ObjectMissingError(f"{url} is not a file: an object cannot be a folder")
-    return ObjectInfo(url, size_bytes, "")
+    return _info(url, found)
+
+
+def _info(url: str, found: os.stat_result) -> ObjectInfo:
+    return ObjectInfo(url, found.st_size, f"{WRITTEN}{found.st_mtime_ns}")
 
 
 def list_folder(path: Path, url: str) -> list[ObjectInfo]:
@@ -65,8 +72,7 @@ def list_folder(path: Path, url: str) -> list[ObjectInfo]:
                     file = Path(folder, name)
                     below = file.relative_to(path).as_posix()
                     with suppress(FileNotFoundError):  # a dangling link, or just deleted
-                        size_bytes = file.stat().st_size
-                        found.append(ObjectInfo(f"{url.rstrip('/')}/{below}", size_bytes, ""))
+                        found.append(_info(f"{url.rstrip('/')}/{below}", file.stat()))
     return sorted(found, key=lambda info: info.url)
 
 

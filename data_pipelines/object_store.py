@@ -165,7 +165,7 @@ class ObjectStore:
         if (path := _local_path(url)) is not None:
             with local_files.published_file(path, url, only_if_absent=only_if_absent) as file:
                 file.write(data)
-            return ObjectInfo(url, len(data), "")
+            return self.stat(url)
         if only_if_absent:
             self._s3.put_if_absent(url, data)
             return self.stat(url)

@@ -12,6 +12,7 @@ import hashlib
 import io
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, overload
@@ -21,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from data_pipelines.local_files import WRITTEN, sha256_of
 from data_pipelines.object_store import ObjectInfo, ObjectMissingError, ObjectStore, join
 from data_pipelines.tar_members import (
     MemberTable,
@@ -33,6 +35,7 @@ from data_pipelines.tar_members import (
 )
 
 INDEX_NAME = "index.parquet"
+_HASH_THREADS = 4
 _SCHEMA = pa.schema(
     [
         ("name", pa.string()),
@@ -317,12 +320,12 @@ def read_members(store: ObjectStore, shard: Shard) -> MemberTable:
 
 
 def verify_listing(store: ObjectStore, index: ShardIndex) -> None:
-    """Compare what the store lists with the index. Reads no shard.
+    """Compare what the store lists with the index.
 
     Raises:
         ShardMismatchError: naming every shard that is missing, cut, or was replaced.
     """
-    if changed := changed_shards(index, listing_of(store, index)):
+    if changed := changed_shards(store, index, listing_of(store, index)):
         raise shards_changed(index, changed)
 
 
@@ -344,16 +347,39 @@ def shards_changed(index: ShardIndex, changed: Mapping[Shard, str]) -> ShardMism
     )
 
 
-def changed_shards(index: ShardIndex, listing: Iterable[ObjectInfo]) -> dict[Shard, str]:
-    """Shards whose existence, size or ETag is not what the index says, and what is wrong."""
+def changed_shards(
+    store: ObjectStore, index: ShardIndex, listing: Iterable[ObjectInfo]
+) -> dict[Shard, str]:
+    """Shards whose existence, size or version is not what the index says, and what is wrong.
+
+    Of S3 no shard is read: the ETag tells. A local tar that was written at another time than the
+    indexed one, perhaps only copied, is read and compared by its SHA-256.
+    """
     found = {info.url: info for info in listing}
     problems: dict[Shard, str] = {}
+    written_again: list[Shard] = []
     for shard in index.shards:
         info = found.get(shard.url)
         if info is None:
             problems[shard] = "is missing"
         elif info.size_bytes != shard.size_bytes:
             problems[shard] = f"has {info.size_bytes} bytes instead of {shard.size_bytes}"
-        elif shard.etag and info.etag and info.etag != shard.etag:
+        elif info.etag != shard.etag and info.etag.startswith(WRITTEN):
+            written_again.append(shard)
+        elif info.etag != shard.etag and not shard.etag.startswith(WRITTEN):  # else a copy's
             problems[shard] = f"was replaced (ETag {info.etag}, not {shard.etag})"
-    return problems
+    return problems | _of_other_content(store, written_again)
+
+
+def _of_other_content(store: ObjectStore, shards: Sequence[Shard]) -> dict[Shard, str]:
+    def digest(shard: Shard) -> str:
+        with store.local_copy(shard.url) as tar:
+            return sha256_of(tar)
+
+    with ThreadPoolExecutor(_HASH_THREADS) as pool:
+        digests = pool.map(digest, shards)
+        return {
+            shard: "was replaced (of the same size, with other content)"
+            for shard, now in zip(shards, digests, strict=True)
+            if now != shard.sha256
+        }

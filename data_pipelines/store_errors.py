@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class ObjectInfo:
-    """One object; `etag` changes with its content and is "" for local files."""
+    """One object; `etag` differs once it was written again (local files: the time of that)."""
 
     url: str
     size_bytes: int

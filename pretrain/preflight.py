@@ -123,7 +123,7 @@ def preflight(config: RunConfig, world_size: int) -> Preflight:
 
 def _check_listing(config: RunConfig, store: ObjectStore, index: ShardIndex) -> None:
     """Refuse changed shards, unless the run's budget for bad samples has room for all of theirs."""
-    changed = changed_shards(index, listing_of(store, index))
+    changed = changed_shards(store, index, listing_of(store, index))
     lost = sum(shard.num_samples for shard in changed)
     if lost > config.data.error_budget * index.num_samples:
         raise shards_changed(index, changed)

@@ -18,6 +18,34 @@ Shapes = Mapping[str, Sequence[int]]
 _ENCODER_HEADS = 4  # of every published encoder; its weights do not tell
 
 
+def check_layers(part: str, shapes: Shapes) -> None:
+    """Refuse layers that are not whole: each has a weight and a bias of as many outputs.
+
+    What is read off shapes then has not been read off what is left of a layer.
+
+    Raises:
+        LayoutError: naming the weights and biases that are missing or do not belong together.
+    """
+    other = {
+        name: f"{layer}.{'bias' if kind == 'weight' else 'weight'}"
+        for name in shapes
+        for layer, _, kind in [name.rpartition(".")]
+        if kind in ("weight", "bias")
+    }
+    missing = sorted(half for half in other.values() if half not in shapes)
+    misshapen = [
+        f"{name} {tuple(shapes[name])} beside {half} {tuple(shapes[half])}"
+        for name, half in sorted(other.items())
+        if name.endswith("bias") and half in shapes and shapes[name][:1] != shapes[half][:1]
+    ]
+    problems = [("missing", missing), ("wrong shape", misshapen)]
+    if said := "; ".join(f"{what}: {first_few(names)}" for what, names in problems if names):
+        raise LayoutError(
+            f"its {part} has layers that are not whole; {said}. The file is incomplete, or of an "
+            f"architecture that is not supported."
+        )
+
+
 def unet_fields(shapes: Shapes) -> dict[str, Any]:
     """Fields of `UNetConfig` that follow from the shapes of an ADM-type U-Net.
 
@@ -29,8 +57,15 @@ def unet_fields(shapes: Shapes) -> dict[str, Any]:
             f"it is a class-conditional model (label_emb.weight has {shapes['label_emb.weight'][0]}"
             f" rows); a backbone is unconditional, so use the unconditional checkpoint"
         )
+    check_layers("denoiser", shapes)
     base = _shape(shapes, "time_embed.0.weight", 2)[1]
     image_channels = _shape(shapes, "input_blocks.0.0.weight", 4)[1]
+    outputs = _shape(shapes, "out.2.weight", 4)[0]
+    if outputs not in (image_channels, 2 * image_channels):
+        raise LayoutError(
+            f"input_blocks.0.0.weight takes {image_channels} channels, but out.2.weight gives "
+            f"{outputs}; as many are needed, or twice as many with a learned sigma"
+        )
     levels, blocks_per_level = _levels(shapes)
     multipliers, factors = [], []
     for level in range(levels):
@@ -38,8 +73,8 @@ def unet_fields(shapes: Shapes) -> dict[str, Any]:
         channels = _shape(shapes, f"{block}.0.in_layers.2.weight", 4)[0]
         if channels % base:
             raise LayoutError(
-                f"{block} has {channels} channels, which is no whole multiple of the base "
-                f"{base}; such U-Nets cannot be used"
+                f"{block}.0.in_layers.2.weight gives {channels} channels, which is no whole "
+                f"multiple of the base {base} (of time_embed.0.weight); such U-Nets cannot be used"
             )
         multipliers.append(channels // base)
         if f"{block}.1.qkv.weight" in shapes:
@@ -51,7 +86,7 @@ def unet_fields(shapes: Shapes) -> dict[str, Any]:
         "channel_multipliers": tuple(multipliers),
         "num_res_blocks": blocks_per_level - 1,
         "attention_factors": tuple(factors),
-        "learn_sigma": _shape(shapes, "out.2.weight", 4)[0] == 2 * image_channels,
+        "learn_sigma": outputs == 2 * image_channels,
         "resblock_updown": not any(name.endswith(".0.op.weight") for name in shapes),
         "scale_shift_norm": _shape(shapes, "input_blocks.1.0.emb_layers.1.weight", 2)[0] != first,
     }
@@ -65,7 +100,7 @@ def encoder_shape(shapes: Shapes) -> tuple[EncoderConfig, int]:
     """
     layers = sorted((int(m[1]), m[0]) for name in shapes if (m := _ENCODER_LAYER.fullmatch(name)))
     channels: list[int] = []
-    attention_after = latent_dim = flat = None
+    attention_after = latent_dim = flat = last = None
     for _, name in layers:
         shape = shapes[name]
         if name.endswith(".qkv.weight"):
@@ -73,13 +108,15 @@ def encoder_shape(shapes: Shapes) -> tuple[EncoderConfig, int]:
         elif len(shape) == 4:
             channels.append(shape[0])
         elif len(shape) == 2:
-            latent_dim, flat = shape
+            last, (latent_dim, flat) = name, shape
     if averages := sorted(name for name in shapes if name.endswith("running_mean")):
         raise LayoutError(
             f"its encoder has BatchNorm ({first_few(averages)}), so it is a ResNet10; how the "
             f"published code names and strides that one's layers is not known here, and a guess "
             f"would compute other features. Only the convolutional encoders can be read."
         )
+    if channels:
+        check_layers("encoder", shapes)
     if not channels or latent_dim is None or flat is None:
         raise LayoutError(
             f"its encoder is none of the published convolutional ones (they have names such as "
@@ -88,7 +125,7 @@ def encoder_shape(shapes: Shapes) -> tuple[EncoderConfig, int]:
     side = math.isqrt(flat // channels[-1])
     if side * side * channels[-1] != flat:
         raise LayoutError(
-            f"its encoder's linear layer takes {flat} values, which is no square image of "
+            f"{last} of its encoder takes {flat} values, which is no square image of "
             f"{channels[-1]} channels"
         )
     config = validated(

@@ -135,10 +135,10 @@ def test_verify_finds_every_kind_of_change(store: ObjectStore, written: str):
         assert line in result.stderr, result.stderr
 
 
-def test_deep_verification_needs_no_etag_and_names_the_member(
-    store: ObjectStore, tmp_path, written: str
+def test_a_local_tar_is_compared_by_its_content_and_deep_verification_names_the_member(
+    store: ObjectStore, tmp_path: Path
 ):
-    folder = str(tmp_path)  # local files have no ETag: only their bytes can tell
+    folder = str(tmp_path)
     for number in range(3):
         store.write(join(folder, f"{number}.tar"), tar(number % 2))
     index_set(store, folder, num_workers=2)
@@ -146,11 +146,22 @@ def test_deep_verification_needs_no_etag_and_names_the_member(
     member = headers(bytes(content))[2]
     content[member.offset_data + 40] ^= 1
     store.write(join(folder, "1.tar"), bytes(content))
+    (tmp_path / "0.tar").touch()  # copied, perhaps, but the same
     shallow, deep = diti("verify", folder), diti("verify", folder, "--deep")
     assert "2.tar holds the same bytes as 0.tar" in shallow.stderr
-    assert "1.tar" not in shallow.stderr
+    assert "1.tar was replaced (of the same size, with other content)" in shallow.stderr
+    assert "2 problems found" in shallow.stderr
     assert f"1.tar was replaced: 1 members have other content, first {member.name}" in deep.stderr
     assert "2 problems found" in deep.stderr
+
+
+def test_a_tar_that_is_gone_is_missing_whatever_it_held(store: ObjectStore, tmp_path: Path):
+    for name in ("0.tar", "1.tar"):
+        store.write(str(tmp_path / name), tar(0))
+    index_set(store, str(tmp_path), num_workers=2)
+    (tmp_path / "1.tar").unlink()
+    for options in ((), ("--deep",)):
+        assert "1.tar is missing" in diti("verify", str(tmp_path), *options).stderr
 
 
 def test_deep_verification_finds_images_that_were_broken_before_they_were_indexed(

@@ -161,6 +161,29 @@ def test_of_many_problems_the_first_ten_are_named_and_the_rest_counted(tmp_path:
         verify_listing(STORE, index)
 
 
+def test_a_local_shard_replaced_by_one_of_the_same_size_is_named(index: ShardIndex):
+    tar = Path(index.url, "1.tar")
+    tar.touch()  # as a copy would: another time, the same bytes
+    verify_listing(STORE, index)
+    tar.write_bytes(tar.read_bytes().replace(b"111", b"222"))
+    with pytest.raises(ShardMismatchError, match=r"1\.tar was replaced \(of the same size, with o"):
+        verify_listing(STORE, index)
+
+
+def test_a_set_that_was_copied_to_s3_or_from_there_is_the_same_set(
+    store: ObjectStore, s3_url: str, index: ShardIndex, tmp_path: Path
+):
+    for info in STORE.list(index.url):
+        store.upload(Path(info.url), join(s3_url, Path(info.url).name))
+    there = read_index(store, s3_url)
+    verify_listing(store, there)
+    for info in store.list(s3_url):
+        store.download(info.url, tmp_path / "back" / Path(info.url).name)
+    back = read_index(store, str(tmp_path / "back"))
+    verify_listing(store, back)
+    assert back.digest == there.digest == index.digest
+
+
 def test_a_shard_replaced_by_one_of_the_same_size_is_named(store: ObjectStore, s3_url: str):
     index = publish_set(store, s3_url)
     old = store.read(join(s3_url, "1.tar"))

