@@ -122,6 +122,11 @@ def _move(partial: Path, path: Path, url: str, *, only_if_absent: bool) -> None:
         raise AlreadyExistsError(f"{url} exists already") from error
 
 
+def missing_folders(path: Path) -> list[Path]:
+    """`path` and those above it that do not exist yet, the deepest first."""
+    return [folder for folder in (path, *path.parents) if not folder.exists()]
+
+
 def remove_file(path: Path, url: str) -> None:
     """Delete a file; a missing one is no error."""
     with local_errors(url):

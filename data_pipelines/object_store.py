@@ -248,6 +248,7 @@ class ObjectStore:
             with local_files.local_errors(url):
                 os.scandir(path).close()
         if write:
+            made = [] if path is None else local_files.missing_folders(path)
             probe = join(url, f".diti-probe-{uuid.uuid4().hex}")
             try:
                 self.write(probe, b"probe")
@@ -259,6 +260,8 @@ class ObjectStore:
                     f"that this user may write to"
                 ) from error
             self.delete(probe)
+            for folder in made:
+                folder.rmdir()
 
     def open_for_reading(self, url: str) -> BinaryIO:
         """A seekable file that fetches just the ranges asked for, without read-ahead.

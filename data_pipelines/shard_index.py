@@ -23,7 +23,13 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from data_pipelines.local_files import WRITTEN, sha256_of
-from data_pipelines.object_store import ObjectInfo, ObjectMissingError, ObjectStore, join
+from data_pipelines.object_store import (
+    BucketMissingError,
+    ObjectInfo,
+    ObjectMissingError,
+    ObjectStore,
+    join,
+)
 from data_pipelines.tar_members import (
     MemberTable,
     ShardMismatchError,
@@ -272,6 +278,8 @@ def read_index(store: ObjectStore, url: str) -> ShardIndex:
     where = join(url, INDEX_NAME)
     try:
         data = store.read(where)
+    except BucketMissingError:
+        raise
     except ObjectMissingError as error:
         raise ObjectMissingError(
             f"no shard index at {where}; check the URL, or index the tars there with "

@@ -15,6 +15,8 @@ logger = logging.getLogger(__name__)
 
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 Choice = Literal["auto", "xformers", "sdpa"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""Of activations, by `engine.precision`."""
 
 
 class AttentionKernelError(ValueError):

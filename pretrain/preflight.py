@@ -2,11 +2,14 @@
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import torch
 
 from configs.schema import DitiTask, RunConfig
 from data_pipelines.object_store import ObjectStore, join
+from data_pipelines.range_cache import RangeCache
 from data_pipelines.sample_mix import Order, SampleMix
 from data_pipelines.sample_order import SampleOrder
 from data_pipelines.shard_index import (
@@ -17,6 +20,7 @@ from data_pipelines.shard_index import (
     shards_changed,
 )
 from pretrain import checkpoint
+from pretrain.attention import DTYPES, choose_kernel
 from pretrain.backbone import load_backbone
 from pretrain.diti import DiTi
 from pretrain.run_plan import RunPlan, plan_run
@@ -93,6 +97,7 @@ def preflight(config: RunConfig, world_size: int) -> Preflight:
     store.check_access(run_url(config), write=True)
     index = read_sets(store, config.data.folders)
     sample_order(config, index)
+    _check_machine(config)
     _check_listing(config, store, index)
     if config.train.global_batch > index.num_samples:
         raise ValueError(
@@ -119,6 +124,23 @@ def preflight(config: RunConfig, world_size: int) -> Preflight:
         return Preflight(index, plan, resumes_at=0, changed=())
     changed = tuple(checkpoint.changed_settings(newest, config))
     return Preflight(index, plan, newest.step, changed)
+
+
+def _check_machine(config: RunConfig) -> None:
+    """What the workers will need besides data, as far as it can be tried here."""
+    if not config.cluster.use_gpu:
+        dtype = DTYPES[config.engine.precision]
+        choose_kernel(config.engine.attention, device=torch.device("cpu"), dtype=dtype)
+    if config.data.cache is not None:
+        RangeCache(Path(config.data.cache.folder), int(config.data.cache.limit_gib * 2**30))
+    if config.wandb.mode == "online":
+        import wandb
+
+        if not wandb.login(prompt=False):
+            raise ValueError(
+                "wandb.mode is 'online', but there are no credentials for it; run `wandb login`, "
+                "set WANDB_API_KEY, or set wandb.mode=offline"
+            )
 
 
 def _check_listing(config: RunConfig, store: ObjectStore, index: ShardIndex) -> None:

@@ -279,11 +279,16 @@ def _assemble(
         kind = "diti" if partition.num_subsets > 1 or parts.is_diti else "pdae"
     else:
         image_size_px, origins["image size"] = find_image_size(config, arguments)
-    if assumed := [what for what, origin in origins.items() if origin == DEFAULT]:
+    assumed = [
+        what
+        for what, origin in origins.items()
+        if origin == DEFAULT and (kind, what) != ("pdae", "partition")  # which cuts nothing
+    ]
+    if assumed:
         _LOG.warning(
-            "%s: %s stood in no file, so the published recipe's are taken",
+            "%s: taken from the published recipe, because no file says: %s",
             source,
-            " and ".join(assumed),
+            ", ".join(assumed),
         )
     return AuthorsCheckpoint(
         source=source,

@@ -98,6 +98,8 @@ class PublishedConfig:
             return None
         items = value if isinstance(value, list) else str(value).split(",")
         try:
+            if any(isinstance(item, float) for item in items):
+                raise ValueError("int() would cut its fraction")
             return tuple(int(item) for item in items)
         except (TypeError, ValueError) as error:
             raise self.wrong(section, key, "whole numbers separated by commas", value) from error

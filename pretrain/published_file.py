@@ -8,6 +8,7 @@ import re
 import struct
 import warnings
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,12 +52,12 @@ def read_weights_only(path: Path) -> Any:
         OverflowError,
         struct.error,
     )
+    if zipped := zipfile.is_zipfile(path):
+        _check_sums(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about old pickle protocols
-            return torch.load(
-                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-            )
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         if found := _GLOBAL_ASKED_FOR.search(str(error)):
             asked = found[1].rstrip(".")
@@ -67,6 +68,17 @@ def read_weights_only(path: Path) -> Any:
         raise _not_whole(path) from error
     except damaged as error:
         raise _not_whole(path) from error
+
+
+def _check_sums(path: Path) -> None:
+    """PyTorch itself does not look at them."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, OSError) as error:
+        raise _not_whole(path) from error
+    if damaged is not None:
+        raise LayoutError(f"its part {damaged} is damaged (its CRC-32 is another): fetch it again")
 
 
 def _not_whole(path: Path) -> LayoutError:

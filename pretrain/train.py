@@ -24,7 +24,7 @@ from data_pipelines.sample_order import mix64
 from data_pipelines.sample_stream import Batch, open_stream
 from data_pipelines.shard_index import ShardIndex, read_sets
 from pretrain import checkpoint
-from pretrain.attention import choose_kernel
+from pretrain.attention import DTYPES, choose_kernel
 from pretrain.backbone import Backbone, load_backbone
 from pretrain.denoiser import Denoiser
 from pretrain.diti import DiTi
@@ -39,8 +39,6 @@ from pretrain.saver import Saver
 from pretrain.timesteps import TimestepDistribution
 from pretrain.unet import set_attention
 from pretrain.world import World, join_world, mean_over_ranks
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class TrainingDivergedError(RuntimeError):

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from cluster.leases import QueueState
 from pretrain.preflight import Preflight
 from pretrain.train import Progress as RankProgress
+from tools.tables import counted
 
 PLAIN_LINE_SECONDS = 10.0
 console = Console(stderr=True)
@@ -92,7 +93,7 @@ def shard_bar(label: str) -> Iterator[Callable[[QueueState], None]]:
 
         def show(state: QueueState) -> None:
             everything = state.done + state.leased + state.waiting + len(state.failures)
-            update(state.done / max(1, everything), f"{state.done} shards done")
+            update(state.done / max(1, everything), f"{counted(state.done, 'shard')} done")
 
         yield show
 

@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from tools.evaluate_reconstruction import Reconstruction
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 shard`, `2 shards`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def print_probes(results: list[Any]) -> None:
     from data_pipelines.avatars import attribute_granularity
 
@@ -60,8 +65,9 @@ def print_reconstructions(results: list[Reconstruction]) -> None:
 def print_features(manifest: FeatureManifest) -> None:
     size = sum(part.size_bytes for part in manifest.parts.values())
     typer.echo(
-        f"{manifest.rows} rows, {manifest.columns[-1].dims[1]} dimensions {manifest.dtype}, "
-        f"{len(manifest.parts)} parts, {size} bytes ({size / manifest.rows:.0f} per row)\n"
+        f"{counted(manifest.rows, 'row')}, {manifest.columns[-1].dims[1]} dimensions "
+        f"{manifest.dtype}, {counted(len(manifest.parts), 'part')}, {size} bytes "
+        f"({size / manifest.rows:.0f} per row)\n"
         f"source   {manifest.source_url} (index {manifest.index_digest[:12]})\n"
         f"encoder  {manifest.checkpoint} (SHA-256 {manifest.encoder_sha256[:12]}), "
         f"backbone {manifest.backbone_sha256[:12]}"
@@ -87,7 +93,7 @@ def print_set_stats(stats: SetStats) -> None:
         table.add_row(*(row[name] for name in ("title", "count", "least", "mean", "most", "unit")))
     Console().print(table)
     for what, count in (*stats.members.most_common(), *stats.problems.most_common()):
-        typer.echo(f"{what}: {count} samples ({count / stats.samples:.1%})")
+        typer.echo(f"{what}: {counted(count, 'sample')} ({count / stats.samples:.1%})")
 
 
 def print_contents(found: dict[str, Any]) -> None:
@@ -103,7 +109,9 @@ def print_contents(found: dict[str, Any]) -> None:
         typer.echo(f"{key}: {_in_a_line(found[key])}")
     if partition := found.get("partition"):
         dims = partition["dim_ends"]
-        typer.echo(f"partition: {len(dims)} subsets of {dims[-1]} dimensions, ending at {dims}")
+        typer.echo(
+            f"partition: {counted(len(dims), 'subset')} of {dims[-1]} dimensions, ending at {dims}"
+        )
     typer.echo(f"config: {found['config'] or 'none found'}")
     for what, origin in found["origins"].items():
         typer.echo(f"  {what}: {origin}")

@@ -399,6 +399,7 @@ def test_a_config_that_contradicts_the_weights_is_refused(
         ({"input_channel": 1}, ("input_channel is 1", "have 3")),
         ({"num_heads": 5}, ("num_heads (or head_channels) must divide", "got 5")),
         ({"num_heads": 2.5}, ("denoise_fn_config.num_heads", "2.5")),
+        ({"channel_multiplier": [1, 2.9]}, ("channel_multiplier must be whole numbers", "2.9")),
     ],
 )
 def test_a_denoisers_config_that_contradicts_the_weights_is_refused(
@@ -457,6 +458,15 @@ def test_a_truncated_file_is_refused(tmp_path: Path, keep: int, zipped: bool) ->
     torch.save(run_content(), path, _use_new_zipfile_serialization=zipped)
     path.write_bytes(path.read_bytes()[:keep])
     refused(path, "not a whole PyTorch checkpoint", "fetch it again")
+
+
+def test_a_byte_that_was_flipped_on_the_way_is_found(tmp_path: Path) -> None:
+    state = run_content()
+    path = write_run(tmp_path, state)
+    content = bytearray(path.read_bytes())
+    content[content.index(state["ema_encoder"]["encoder.0.weight"].numpy().tobytes())] ^= 1
+    path.write_bytes(content)
+    refused(path, "/data/", "is damaged (its CRC-32 is another)")
 
 
 def test_an_old_file_without_zip_is_read(tmp_path: Path) -> None:

@@ -226,7 +226,7 @@ def letters_of(config: RunConfig) -> list[DeadLetter]:
 def test_a_bad_sample_is_replaced_counted_and_named_and_the_rest_is_as_if_it_were_good(
     tmp_path: Path,
 ):
-    epoch = ("train.total_images=96", "data.error_budget=0.02")
+    epoch = ("train.total_images=96", "data.error_budget=0.4")  # room for the whole tar
     config = make_run(STORE, str(tmp_path), *SHORT, *epoch)
     good = config.model_copy(update={"name": "good"})
     run(good, local_dir=tmp_path)
@@ -276,6 +276,25 @@ def test_a_shard_that_is_gone_is_refused_or_counted_by_the_same_budget(tmp_path:
         preflight(config.model_copy(update={"data": strict}), 1)
     manifest = run(config, local_dir=tmp_path)
     assert manifest.bad_samples.keys() == {"shard missing"}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("engine.attention=xformers", "engine.attention is 'xformers', but its kernel does not"),
+        ("data.cache={folder: /dev/null/cache, limit_gib: 1}", "data.cache.folder /dev/null/cache"),
+        ("wandb.mode=online", "there are no credentials for it"),
+    ],
+)
+def test_what_the_workers_would_lack_is_refused_before_they_start(
+    override: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = make_run(STORE, str(tmp_path), *SHORT, override)
+    with pytest.raises(ValueError, match=message):
+        preflight(config, 1)
+    assert not Path(config.output, config.name).exists()
 
 
 def test_peak_memory_is_that_of_the_process_and_stays_when_memory_is_freed():

@@ -2,13 +2,13 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from tools.commands.options import check_out_file
 from tools.commands.outcome import clear_errors
-from tools.tables import print_set_stats
+from tools.tables import counted, print_set_stats
 
 CORES = os.cpu_count() or 1
 app = typer.Typer(
@@ -68,10 +68,7 @@ def make(
                 workers=workers,
                 on_shard=advance,
             )
-        typer.echo(
-            f"{index.num_samples} images in {len(index.shards)} shards at {out}, "
-            f"index {index.digest[:12]}"
-        )
+        typer.echo(f"{size_of(index)} at {out}, index {index.digest[:12]}")
 
 
 Workers = Annotated[int, typer.Option(min=1, help="Ray actors, one core each.")]
@@ -96,10 +93,7 @@ def index(
         with shard_bar("indexing") as show:
             found, tars = index_set(ObjectStore(), url, num_workers=workers, on_progress=show)
         interleaved = sum(tar.num_interleaved for tar in tars.values())
-        typer.echo(
-            f"{found.num_samples} samples in {len(found.shards)} shards at {url}, "
-            f"index {found.digest[:12]}"
-        )
+        typer.echo(f"{size_of(found)} at {url}, index {found.digest[:12]}")
         say_interleaved(interleaved)
         report_problems([tar.problem for tar in tars.values() if tar.problem], "left out")
 
@@ -130,7 +124,7 @@ def verify(
             problems, interleaved = verify_set(
                 store, found, deep=deep, num_workers=workers, on_progress=show
             )
-        typer.echo(f"{found.num_samples} samples in {len(found.shards)} shards at {url}")
+        typer.echo(f"{size_of(found)} at {url}")
         say_interleaved(interleaved)
         report_problems(problems, "found")
 
@@ -157,11 +151,11 @@ def stats(
         store = ObjectStore()
         found = read_index(store, url)
         with shard_bar("counting") as show:
-            counted = count_set(store, found, num_workers=workers, on_progress=show)
-        typer.echo(f"{counted.samples} samples in {len(found.shards)} shards at {url}")
-        print_set_stats(counted)
+            totals = count_set(store, found, num_workers=workers, on_progress=show)
+        typer.echo(f"{size_of(found)} at {url}")
+        print_set_stats(totals)
         if out is not None:
-            out.write_text(make_set_report(found, counted), encoding="utf-8")
+            out.write_text(make_set_report(found, totals), encoding="utf-8")
             typer.echo(f"page: {out.resolve()}")
 
 
@@ -183,14 +177,18 @@ def repair(
             found = read_again(ObjectStore(), run)
         bad = found.still_bad.total()
         everything = found.mended + bad
-        typer.echo(f"{found.mended} of {everything} samples can be used again")
+        typer.echo(f"{found.mended} of {counted(everything, 'sample')} can be used again")
         if bad:
             typer.echo(
-                f"diti: {bad} of {everything} samples still cannot be used: "
+                f"diti: {bad} of {counted(everything, 'sample')} still cannot be used: "
                 f"{ranked_causes(found.still_bad)}",
                 err=True,
             )
             raise typer.Exit(1)
+
+
+def size_of(index: Any) -> str:
+    return f"{counted(index.num_samples, 'sample')} in {counted(len(index.shards), 'shard')}"
 
 
 def say_interleaved(samples: int) -> None:
@@ -206,6 +204,5 @@ def report_problems(problems: list[str], what: str) -> None:
     for problem in problems:
         typer.echo(problem, err=True)
     if problems:
-        count = f"{len(problems)} problem{'s' if len(problems) != 1 else ''}"
-        typer.echo(f"diti: {count} {what}", err=True)
+        typer.echo(f"diti: {counted(len(problems), 'problem')} {what}", err=True)
         raise typer.Exit(1)

@@ -20,7 +20,7 @@ AuthorsConfig = Annotated[
     ),
 ]
 Ema = Annotated[bool, typer.Option("--ema/--no-ema", help="Averaged weights, or the online ones.")]
-Run = Annotated[str | None, typer.Argument(metavar="[RUN]", help="The run's folder: OUTPUT/NAME.")]
+Run = Annotated[str | None, typer.Argument(metavar="RUN", help="The run's folder: OUTPUT/NAME.")]
 Untrained = Annotated[
     tuple[str, str] | None,
     typer.Option(

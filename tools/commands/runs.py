@@ -17,7 +17,7 @@ from tools.commands.options import (
     check_out_file,
 )
 from tools.commands.outcome import clear_errors
-from tools.tables import print_losses, print_probes
+from tools.tables import counted, print_losses, print_probes
 
 
 def demo(
@@ -117,7 +117,7 @@ def export(
                 num_workers=workers,
                 on_progress=show,
             )
-        typer.echo(f"{manifest.rows} rows of {manifest.checkpoint} at {out}")
+        typer.echo(f"{counted(manifest.rows, 'row')} of {manifest.checkpoint} at {out}")
 
 
 def report(
