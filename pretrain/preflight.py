@@ -123,7 +123,21 @@ def preflight(config: RunConfig, world_size: int) -> Preflight:
     if newest is None:
         return Preflight(index, plan, resumes_at=0, changed=())
     changed = tuple(checkpoint.changed_settings(newest, config))
+    _warn_of_decay(newest, config)
     return Preflight(index, plan, newest.step, changed)
+
+
+def _warn_of_decay(newest: checkpoint.Manifest, config: RunConfig) -> None:
+    before = checkpoint.run_of(newest)
+    begin = before.train.total_images - before.optimizer.decay_images
+    lengths = {(run.train.total_images, run.optimizer.decay_images) for run in (before, config)}
+    if newest.images > begin and len(lengths) == 2:
+        _log.warning(
+            "the learning rate had begun to fall after %d images, and this run's falls elsewhere: "
+            "the %d images done keep the rates that they had",
+            begin,
+            newest.images,
+        )
 
 
 def _check_machine(config: RunConfig) -> None:

@@ -96,16 +96,16 @@ def reconstruction_grid(result: Reconstructions) -> str:
     return _png(_labelled_grid(result.grid.transpose(1, 0, 2, 3, 4), result.columns))
 
 
-def interpolation_grid(interpolations: Sequence[Interpolation], face_b: Grid) -> str:
+def interpolation_grid(interpolations: Sequence[Interpolation], face_a: Grid, face_b: Grid) -> str:
     """For each pair of faces, a row per range of subsets: A on the left, towards B on the right."""
     rows, labels = [], []
     for pair in range(len(interpolations[0].grid)):
         for item in interpolations:
-            rows.append(np.concatenate([item.grid[pair], face_b[pair]]))
+            rows.append(np.concatenate([face_a[pair], item.grid[pair], face_b[pair]]))
             first, last = item.subsets[0].timesteps[0], item.subsets[-1].timesteps[1]
             labels.append(f"{item.name} (time-steps {first}-{last})")
     steps = interpolations[0].grid.shape[1]
-    titles = ["A", *[f"{i / (steps - 1):.0%}" for i in range(1, steps)], "B itself"]
+    titles = ["A itself", *[f"{i / (steps - 1):.0%}" for i in range(steps)], "B itself"]
     return _png(_labelled_grid(np.stack(rows), labels, titles, gap_every=len(interpolations)))
 
 
@@ -144,7 +144,7 @@ def _labelled_grid(
             )
             axes.imshow(grid[row, column], interpolation="nearest")
             axes.set_axis_off()
-            if titles and row == 0:
+            if titles and row % (gap_every or num_rows) == 0:
                 axes.set_title(titles[column], fontsize=8, pad=2)
     return figure
 

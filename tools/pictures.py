@@ -42,6 +42,12 @@ class Interpolation:
     subsets: tuple[Subset, ...]
     grid: Grid
 
+    @property
+    def change(self) -> float:
+        """Mean change of a pixel over the whole way, as a share of black to white."""
+        first, last = (self.grid[:, column].astype(np.float64) for column in (0, -1))
+        return float(np.abs(last - first).mean() / 255)
+
 
 @torch.inference_mode()
 def reconstructions(model: DiTi, images_BCHW: Tensor) -> Reconstructions:

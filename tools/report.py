@@ -57,6 +57,7 @@ def make_report(
     losses = four_losses(model, images[:NUM_LOSS_IMAGES])
     faces_a = images[:NUM_PAIRS]
     faces_b = images[NUM_PAIRS : 2 * NUM_PAIRS]
+    moved = interpolations(model, faces_a, faces_b)
     page = {
         "title": config.name,
         "images": f"{manifest.images:,}",
@@ -75,10 +76,12 @@ def make_report(
                 reconstructions(model, images[:NUM_RECONSTRUCTIONS])
             ),
             "interpolations": figures.interpolation_grid(
-                interpolations(model, faces_a, faces_b), to_pixels(faces_b)[:, None]
+                moved, to_pixels(faces_a)[:, None], to_pixels(faces_b)[:, None]
             ),
             "precision": figures.precision_bars(probes),
         },
+        "changes": [(item.name, f"{item.change:.1%}") for item in moved],
+        "worse": _worse_than_untrained(probes),
         "config": dump_run(config),
         **_probe_tables(probes),
     }
@@ -113,6 +116,20 @@ def _loss_rows(losses: FourLosses) -> list[dict[str, Any]]:
         }
         for name, label in labels.items()
     ]
+
+
+def _worse_than_untrained(probes: list[ProbeResult]) -> list[str]:
+    """Attributes that the untrained encoder's feature tells better than the trained one's."""
+    for other in probes:
+        if other.name == "untrained encoder":
+            pairs = zip(probes[0].average_precision, other.average_precision, strict=True)
+            worse = [trained < untrained for trained, untrained in pairs]
+            return [
+                name.replace("_", " ")
+                for name, is_worse in zip(probes[0].attributes, worse, strict=True)
+                if is_worse
+            ]
+    return []
 
 
 def _probe_tables(probes: list[ProbeResult]) -> dict[str, Any]:

@@ -278,6 +278,22 @@ def test_a_shard_that_is_gone_is_refused_or_counted_by_the_same_budget(tmp_path:
     assert manifest.bad_samples.keys() == {"shard missing"}
 
 
+def test_a_run_made_longer_after_its_rate_had_begun_to_fall_is_told_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    config = make_run(
+        STORE, str(tmp_path), *SHORT, "train.total_images=48", "optimizer.decay_images=24"
+    )
+    run(config, local_dir=tmp_path)
+    preflight(config, 1)
+    assert not caplog.messages
+    longer = config.train.model_copy(update={"total_images": 96})
+    preflight(config.model_copy(update={"train": longer}), 1)
+    [said] = caplog.messages
+    assert "begun to fall after 24 images" in said
+    assert "the 48 images done keep" in said
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -248,6 +248,6 @@ def test_making_a_data_set_says_what_it_made(tmp_path) -> None:
     arguments = ("--count", "30", "--rows-per-shard", "20", "--workers", "1", "--out", out)
     result = diti("data", "make", "avatars", *arguments)
     assert result.exit_code == 0, result.output
-    assert "30 images in 2 shards" in result.output
+    assert "30 samples in 2 shards" in result.output
     refused(diti("data", "make", "avatars", *arguments), "holds a shard set already")
     refused(diti("data", "make", "horses", "--count", "9", "--out", out), "horses")

@@ -177,10 +177,10 @@ def repair(
             found = read_again(ObjectStore(), run)
         bad = found.still_bad.total()
         everything = found.mended + bad
-        typer.echo(f"{found.mended} of {counted(everything, 'sample')} can be used again")
+        typer.echo(f"{found.mended} of {everything} samples can be used again")
         if bad:
             typer.echo(
-                f"diti: {bad} of {counted(everything, 'sample')} still cannot be used: "
+                f"diti: {bad} of {everything} samples still cannot be used: "
                 f"{ranked_causes(found.still_bad)}",
                 err=True,
             )
