@@ -14,7 +14,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -35,6 +37,7 @@ from data_pipelines.object_store import ObjectStore
 from data_pipelines.sample_reader import read_shard
 from data_pipelines.shard_index import ShardIndex, write_index
 from data_pipelines.shard_writer import write_shard
+from tools.benchmarks.loading_peers import WARM_BATCHES, ours
 
 SIZE_PX = 256
 ROWS_PER_SHARD = 512
@@ -202,6 +205,27 @@ def run_loader(name: str, loader: str, python: str, settings: dict[str, Any]) ->
     return Loaded(name, int(images), wall, cpu)
 
 
+def profile_ours(settings: dict[str, Any], num_batches: int) -> dict[str, float]:
+    """CPU milliseconds an image of our stream, by what its threads do, after its first batches."""
+    batches = ours(settings)
+    for _ in range(WARM_BATCHES):
+        next(batches)
+    before = _cpu_by_thread()
+    images = sum(len(next(batches)) for _ in range(num_batches))  # at the end, threads are gone
+    spent = _cpu_by_thread() - before
+    return {name: 1e3 * seconds / images for name, seconds in spent.most_common()}
+
+
+def _cpu_by_thread() -> Counter[str]:
+    """CPU seconds of this process's threads, those of a pool together."""
+    names = {str(thread.native_id): thread.name for thread in threading.enumerate()}
+    seconds: Counter[str] = Counter()
+    for task in Path("/proc/self/task").iterdir():
+        name = names.get(task.name, "other").rstrip("_0123456789")
+        seconds[name] += int((task / "schedstat").read_text().split()[0]) / 1e9
+    return seconds
+
+
 def _reading(process: "subprocess.Popen[str]", word: str) -> tuple[float, float, float]:
     """Images, wall and CPU seconds when the loader says so."""
     assert process.stdout is not None
@@ -265,13 +289,15 @@ def main() -> None:
             )
             for _ in range(args.rounds)
         ]
+        profile = profile_ours(settings, args.images // args.batch - WARM_BATCHES - 1)
         jpegs = [sample["jpg"] for shard in index.shards[:4] for sample in read_shard(store, shard)]
         pools = measure_pools(jpegs, args.workers)
-    report(rounds, pools, as_json=args.json)
+    report(rounds, profile, pools, as_json=args.json)
 
 
 def report(
     rounds: list[tuple[Floor, list[Loaded]]],
+    profile: dict[str, float],
     pools: dict[str, tuple[float, float]],
     *,
     as_json: bool,
@@ -282,7 +308,7 @@ def report(
             {"floor": asdict(floor), "loaders": [asdict(one) for one in loaders]}
             for floor, loaders in rounds
         ]
-        print(json.dumps({"rounds": rows, "pools": pools}, indent=1))
+        print(json.dumps({"rounds": rows, "profile": profile, "pools": pools}, indent=1))
         return
     floor = statistics.median(floor.both_ms for floor, _ in rounds)
     decode = statistics.median(floor.decode_ms for floor, _ in rounds)
@@ -299,6 +325,9 @@ def report(
             f"images/s, {statistics.median(r.cpu_ms for r in runs):6.3f} CPU ms an image, "
             f"{above:5.2f} of the floor; {rounds[0][1][0].loader} is {speedup:5.2f} times as fast"
         )
+    print(
+        f"ours, CPU ms an image by thread: {', '.join(f'{n} {v:.3f}' for n, v in profile.items())}"
+    )
     for name, (rate, cpu_ms) in pools.items():
         print(f"decoding from memory in {name}: {rate:.0f} images/s, {cpu_ms:.3f} CPU ms an image")
 
