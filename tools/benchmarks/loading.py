@@ -213,17 +213,17 @@ def profile_ours(settings: dict[str, Any], num_batches: int) -> dict[str, float]
     before = _cpu_by_thread()
     images = sum(len(next(batches)) for _ in range(num_batches))  # at the end, threads are gone
     spent = _cpu_by_thread() - before
-    return {name: 1e3 * seconds / images for name, seconds in spent.most_common()}
+    return {name: nanoseconds / 1e6 / images for name, nanoseconds in spent.most_common()}
 
 
 def _cpu_by_thread() -> Counter[str]:
-    """CPU seconds of this process's threads, those of a pool together."""
+    """CPU nanoseconds of this process's threads, those of a pool together."""
     names = {str(thread.native_id): thread.name for thread in threading.enumerate()}
-    seconds: Counter[str] = Counter()
+    nanoseconds: Counter[str] = Counter()
     for task in Path("/proc/self/task").iterdir():
         name = names.get(task.name, "other").rstrip("_0123456789")
-        seconds[name] += int((task / "schedstat").read_text().split()[0]) / 1e9
-    return seconds
+        nanoseconds[name] += int((task / "schedstat").read_text().split()[0])
+    return nanoseconds
 
 
 def _reading(process: "subprocess.Popen[str]", word: str) -> tuple[float, float, float]:
