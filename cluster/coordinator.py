@@ -47,6 +47,7 @@ class ShardCoordinator:
         self._progress: dict[int, Progress] = {}
         self._queue = LeaseQueue([] if work is None else _unfinished(store, work))
         self._results: dict[str, Any] = {}
+        self._stop_asked = False
 
     def index(self) -> ShardIndex:
         """The shard index, so that ranks need not read it from storage one by one."""
@@ -60,6 +61,13 @@ class ShardCoordinator:
     def progress(self) -> dict[int, Progress]:
         """The newest progress of every rank that has reported."""
         return dict(self._progress)
+
+    def ask_to_stop(self) -> None:
+        """The run is to publish a checkpoint and end."""
+        self._stop_asked = True
+
+    def stop_asked(self) -> bool:
+        return self._stop_asked
 
     def lease(self, worker: str) -> str | None:
         """The next item to work on, or None when nothing is waiting."""

@@ -1,17 +1,21 @@
 """Training under Ray Train: workers, restarts, progress."""
 
+import os
 import signal
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
+import ray.train
 import torch
 from ray.exceptions import RayError
 from ray.train import FailureConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from cluster.coordinator import NAMESPACE, start_coordinator
@@ -19,23 +23,30 @@ from cluster.session import interrupts_raised, last_line, ray_session, result_of
 from configs.loading import digest
 from configs.schema import DitiTask, RunConfig
 from data_pipelines.object_store import StoreError, absolute
+from data_pipelines.sample_order import legal_world_sizes
 from pretrain import checkpoint
 from pretrain.backbone import BUILTIN_PREFIX
 from pretrain.preflight import Preflight, open_store, preflight, run_url
-from pretrain.train import Progress, run
+from pretrain.publisher import collect_orphans
+from pretrain.train import Progress, Wish, run
 
 POLL_SECONDS = 1.0
-COLLECTIVE_TIMEOUT_SECONDS = 300
 
 
 class RunFailedError(RuntimeError):
     """Training stopped for good; the newest complete checkpoint is still there."""
 
 
+class RunStoppedError(RuntimeError):
+    """The run was asked to stop, has published a checkpoint, and can go on."""
+
+
 def launch_training(
     config: RunConfig,
     *,
     local_dir: Path,
+    from_step: int | None = None,
+    allow_change: Sequence[str] = (),
     on_start: Callable[[Preflight], None] = lambda found: None,
     on_progress: Callable[[Mapping[int, Progress]], None] = lambda ranks: None,
 ) -> checkpoint.Manifest:
@@ -45,16 +56,24 @@ def launch_training(
     `cluster.max_failures` times, and `pretrain.train.run` goes on from the last checkpoint.
 
     Args:
-        local_dir: scratch folder on every node.
+        local_dir: folder on every node for wandb's and Ray's own files.
+        from_step: go back to this complete checkpoint; later ones are superseded.
+        allow_change: settings that may differ from those of the checkpoint, see
+            `pretrain.resumable`.
         on_start: called once nothing is left to be refused, with what the checks found.
         on_progress: called about every second, from another thread, with each rank's progress.
 
     Raises:
         ValueError, OSError: refused before start, see `pretrain.preflight`.
         RunFailedError: the run failed more often than it may, or for good.
+        RunStoppedError: SIGTERM, or somebody through the coordinator, has asked it to stop.
     """
     config = _with_absolute_paths(config)
-    on_start(preflight(config, config.cluster.num_workers))
+    if from_step is not None:
+        checkpoint.go_back(open_store(config), run_url(config), from_step)
+    found = preflight(config, config.cluster.num_workers, allow_change)
+    collect_orphans(open_store(config), run_url(config))
+    on_start(found)
     cluster = config.cluster
     with ray_session(
         num_cpus=cluster.num_workers * cluster.cpus_per_worker,
@@ -66,14 +85,43 @@ def launch_training(
         result_of(coordinator.index.remote())
         watching = _watch(coordinator, on_progress)
         try:
-            with interrupts_raised(signal.SIGINT):
-                _trainer(config, local_dir).fit()
-            return checkpoint.find(open_store(config), run_url(config), None)
+            stopping = _stops_when_terminated(coordinator, config.cluster.stop_seconds)
+            with interrupts_raised(signal.SIGINT), stopping:
+                _trainer(config, local_dir, allow_change).fit()
+            manifest = checkpoint.find(open_store(config), run_url(config), None)
         except (TrainingFailedError, StoreError) as error:
             raise RunFailedError(_explain(config, error)) from error
         finally:
             watching.set()
             ray.kill(coordinator)
+    if manifest.step < found.plan.total_steps:
+        raise RunStoppedError(
+            f"run {config.name!r} was asked to stop: {manifest.name} is complete; run the same "
+            f"command again to go on"
+        )
+    return manifest
+
+
+@contextmanager
+def _stops_when_terminated(coordinator: Any, seconds: float) -> Iterator[None]:
+    """SIGTERM asks the run to publish and end; if that takes too long, it is as Ctrl-C is."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT))
+    timer.daemon = True
+
+    def ask(*_: object) -> None:
+        coordinator.ask_to_stop.remote()
+        if not timer.is_alive():
+            timer.start()
+
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield
+    finally:
+        timer.cancel()
+        signal.signal(signal.SIGTERM, before)
 
 
 def _with_absolute_paths(config: RunConfig) -> RunConfig:
@@ -89,21 +137,28 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"output": absolute(config.output), "data": data, "task": task})
 
 
-def _trainer(config: RunConfig, local_dir: Path) -> TorchTrainer:
+def _trainer(config: RunConfig, local_dir: Path, allow_change: Sequence[str] = ()) -> TorchTrainer:
     cluster = config.cluster
     # OMP_NUM_THREADS is Ray's default of 1 per worker unless it is told how many it may use.
     environment = {"OMP_NUM_THREADS": str(cluster.cpus_per_worker)}
-    return TorchTrainer(
+    workers = cluster.num_workers
+    arguments = {
+        "config": config.model_dump_json(),
+        "local_dir": str(local_dir),
+        "allow_change": list(allow_change),
+    }
+    return _Trainer(
         _train_on_worker,
-        train_loop_config={"config": config.model_dump_json(), "local_dir": str(local_dir)},
+        train_loop_config=arguments,
         torch_config=TorchConfig(
-            backend="nccl" if cluster.use_gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_SECONDS
+            backend="nccl" if cluster.use_gpu else "gloo", timeout_s=int(cluster.stall_seconds)
         ),
         scaling_config=ScalingConfig(
-            num_workers=cluster.num_workers,
+            num_workers=workers if cluster.min_workers is None else (cluster.min_workers, workers),
             use_gpu=cluster.use_gpu,
             resources_per_worker={"CPU": cluster.cpus_per_worker}
             | ({"GPU": 1} if cluster.use_gpu else {}),
+            elastic_resize_monitor_interval_s=cluster.resize_seconds,
         ),
         run_config=RayRunConfig(
             name=config.name,
@@ -113,6 +168,31 @@ def _trainer(config: RunConfig, local_dir: Path) -> TorchTrainer:
             worker_runtime_env={"env_vars": environment},
         ),
     )
+
+
+class _Trainer(TorchTrainer):
+    """Ray's, whose elastic worker group has only sizes that split the global batch."""
+
+    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+        policy = arguments["scaling_policy"]
+        if isinstance(policy, ElasticScalingPolicy):
+            assert self.train_loop_config is not None
+            config = RunConfig.model_validate_json(self.train_loop_config["config"])
+            legal = legal_world_sizes(config.train.global_batch)
+            arguments["scaling_policy"] = _LegalSizes(policy.scaling_config, legal)
+        return super()._initialize_and_run_controller(**arguments)
+
+
+class _LegalSizes(ElasticScalingPolicy):
+    """As many workers as there is room for, rounded down to a legal world size."""
+
+    def __init__(self, scaling_config: ScalingConfig, legal: Sequence[int]) -> None:
+        super().__init__(scaling_config)
+        self._legal = legal
+
+    def _count_possible_workers(self, reserved_resources: Any) -> int:
+        possible = super()._count_possible_workers(reserved_resources)
+        return max((size for size in self._legal if size <= possible), default=0)
 
 
 def _train_on_worker(arguments: dict[str, Any]) -> None:
@@ -125,7 +205,27 @@ def _train_on_worker(arguments: dict[str, Any]) -> None:
         local_dir=Path(arguments["local_dir"]),
         index=result_of(coordinator.index.remote()),
         report=coordinator.report.remote,
+        asked=_asker(coordinator),
+        allow_change=arguments["allow_change"],
     )
+
+
+def _asker(coordinator: Any) -> Callable[[], Wish]:
+    """What Ray and the coordinator want; all ranks call it together."""
+    is_first = ray.train.get_context().get_world_rank() == 0
+    saved = False
+
+    def ask() -> Wish:
+        nonlocal saved
+        leaving = ray.train.get_preemption_info() is not None  # Ray's own barrier
+        if is_first and result_of(coordinator.stop_asked.remote()):
+            return Wish.STOP
+        if leaving and not saved:
+            saved = True
+            return Wish.SAVE
+        return Wish.GO_ON
+
+    return ask
 
 
 def _watch(

@@ -511,6 +511,13 @@ class TrainConfig(Section):
     """Decay per step of the exponential moving average of the trained weights."""
     checkpoint_every_images: PositiveInt
     """A checkpoint is published after each such number of images, at the start and the end."""
+    keep_last: PositiveInt | None = None
+    """Complete checkpoints that are kept whole, the newest ones; of others, only what they say of
+    the run's history stays. Null keeps all."""
+    keep_every_images: PositiveInt | None = None
+    """With `keep_last`, keep those at each such number of images too."""
+    publish_deadline_seconds: PositiveFloat = 600.0
+    """A checkpoint whose parts have not arrived in storage by then is given up; the run goes on."""
     log_every_steps: PositiveInt = 10
     """Steps per line of metrics."""
 
@@ -519,7 +526,10 @@ class EngineConfig(Section):
     """DeepSpeed ZeRO and numerics."""
 
     zero_stage: Literal[0, 1, 2, 3] = 2
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of what the model computes with; the optimizer and the average keep float32."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's state, and take its steps, in the CPU's memory."""
     attention: Literal["auto", "xformers", "sdpa"] = "auto"
     """Attention kernel; `xformers` refuses to start where the kernel does not work."""
 
@@ -528,10 +538,20 @@ class ClusterConfig(Section):
     """What the run asks of Ray."""
 
     num_workers: PositiveInt = 1
+    min_workers: PositiveInt | None = None
+    """With it, the run starts, and goes on, with as many of `num_workers` as the cluster has room
+    for, down to this number; those that split the global batch only. Null waits for all."""
     use_gpu: bool = False
     cpus_per_worker: PositiveInt = 1
     max_failures: NonNegativeInt = 3
-    """Restarts of the worker group from the last complete checkpoint before the run fails."""
+    """Restarts of the worker group from the last complete checkpoint before the run fails. Nodes
+    that are taken away with notice do not count."""
+    resize_seconds: PositiveFloat = 60.0
+    """With `min_workers`: how often to look whether the cluster has room for more workers."""
+    stall_seconds: PositiveFloat = 300.0
+    """A rank that others have waited for this long fails the worker group, and is named."""
+    stop_seconds: PositiveFloat = 60.0
+    """After SIGTERM, how long the run has to publish a checkpoint before it is ended."""
 
 
 class WandbConfig(Section):
@@ -569,6 +589,29 @@ class RunConfig(Section):
             raise ValueError(
                 f"optimizer.warmup_images + decay_images ({ramps}) must not exceed "
                 f"train.total_images ({train.total_images})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _workers_split_the_batch(self) -> Self:
+        least, most = self.cluster.min_workers, self.cluster.num_workers
+        if least is not None and least > most:
+            raise ValueError(
+                f"cluster.min_workers ({least}) must not exceed cluster.num_workers ({most})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _kept_checkpoints_exist(self) -> Self:
+        train = self.train
+        if train.keep_every_images is None:
+            return self
+        if train.keep_last is None:
+            raise ValueError("train.keep_every_images needs train.keep_last: without, all are kept")
+        if train.keep_every_images % train.checkpoint_every_images:
+            raise ValueError(
+                f"train.keep_every_images ({train.keep_every_images}) must be a multiple of "
+                f"train.checkpoint_every_images ({train.checkpoint_every_images})"
             )
         return self
 

@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 Choice = Literal["auto", "xformers", "sdpa"]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Of activations, by `engine.precision`."""
 
 

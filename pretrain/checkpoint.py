@@ -7,51 +7,38 @@
 Object stores cannot rename, so parts go below a scratch prefix that no other attempt uses, and the
 manifest names it. Parts without a manifest are invisible. Each checkpoint names its parent: what a
 model has really been trained on is found along the lineage, not in a log of everything ever tried.
+Of an old checkpoint that `train.keep_last` no longer keeps, what it has to say of that lineage
+stays under HISTORY.json; one that a run went back behind is kept as SUPERSEDED-….json.
+
+This module reads; `publisher` writes.
 """
 
 import hashlib
 import json
 import re
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from torch import Tensor
 
 from configs.loading import problems_of
 from configs.schema import RunConfig
-from data_pipelines.local_files import sha256_of
 from data_pipelines.object_store import ObjectMissingError, ObjectStore, join
-from pretrain.world import World, from_first_rank, gather_from_ranks
+from pretrain.pieces import PiecesError, assemble
+from pretrain.world import World, from_first_rank
 
 MANIFEST_NAME = "COMPLETE.json"
-EMA_NAME = "ema.safetensors"
-WEIGHTS_NAME = "weights.safetensors"
+HISTORY_NAME = "HISTORY.json"
+SUPERSEDED_PREFIX = "SUPERSEDED-"
+BUFFERS_NAME = "buffers.safetensors"
 METRICS_NAME = "metrics.jsonl"
-FORMAT_VERSION = 1
-
-MAY_CHANGE = (
-    "output",
-    "cluster.max_failures",
-    "cluster.cpus_per_worker",
-    "data.cache",
-    "data.shards",
-    "data.sources.*.shards",
-    "data.decode_threads",
-    "data.prefetch_batches",
-    "engine.attention",
-    "optimizer.decay_images",
-    "store",
-    "task.backbone.weights",
-    "train.total_images",
-    "train.checkpoint_every_images",
-    "train.log_every_steps",
-    "wandb",
-)
-"""Settings that may differ on resume; what they point to is compared by digest where it matters."""
+RUN_NAME = "run.yaml"
+FORMAT_VERSION = 2
 
 
 class CheckpointError(ValueError):
@@ -72,11 +59,15 @@ class Manifest:
     backbone_sha256: str | None
     world_size: int
     code_version: str
+    shapes: dict[str, list[int]]
+    """Of the trained parameters; their pieces are in `files`, whatever the world size."""
+    counters: dict[str, float]
+    """Adam's updates, and the state of fp16's loss scale."""
     files: dict[str, tuple[int, str]]
     bad_samples: dict[str, int] = field(default_factory=dict)
     """Samples of the run so far that had to be replaced, by cause."""
     backbone_card_sha256: str | None = None
-    """Over what the backbone's card says; older checkpoints do not know it."""
+    """Over what the backbone's card says."""
     format_version: int = FORMAT_VERSION
 
     @property
@@ -88,51 +79,28 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def publish(
-    store: ObjectStore,
-    run_url: str,
-    folder: Path,
-    world: World,
-    make_manifest: Callable[[str, dict[str, tuple[int, str]]], Manifest],
-) -> Manifest:
-    """Collective: upload every rank's files below `folder`, then write the manifest.
+def checkpoints_url(run_url: str) -> str:
+    return join(run_url, "checkpoints")
 
-    Args:
-        make_manifest: from the parts prefix and the list of files to the manifest.
 
-    Raises:
-        CheckpointError: what the store holds is not what was sent.
-    """
-    parts = str(from_first_rank(f"parts-{uuid.uuid4().hex[:8]}"))
-    manifest = make_manifest(parts, {})
-    where = join(run_url, "checkpoints", manifest.name)
-    mine = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        name = path.relative_to(folder).as_posix()
-        info = store.upload(path, join(where, parts, name))
-        mine[name] = (info.size_bytes, sha256_of(path))
-        if info.size_bytes != path.stat().st_size:
-            raise CheckpointError(
-                f"{info.url} has {info.size_bytes} bytes in the store, {path.stat().st_size} were "
-                f"sent; the checkpoint is not published, the one before it stays the newest"
-            )
-    files: dict[str, tuple[int, str]] = {}
-    for other in gather_from_ranks(mine):
-        assert isinstance(other, dict)
-        files.update(other)
-    manifest = make_manifest(parts, files)
-    if world.is_first:
-        _write_json(store, join(where, MANIFEST_NAME), asdict(manifest))
-        _write_json(store, join(run_url, "checkpoints", "latest.json"), {"name": manifest.name})
-    from_first_rank(None)  # nobody goes on before the checkpoint exists
-    return manifest
+def parts_url(run_url: str, manifest: Manifest) -> str:
+    """Folder of a checkpoint's files."""
+    return join(run_url, "checkpoints", manifest.name, manifest.parts)
+
+
+def piece_file(kind: str, rank: int) -> str:
+    """Name of a rank's pieces of a kind; see `pieces`."""
+    return f"{kind}/{rank:05d}.safetensors"
+
+
+# --- which there are ------------------------------------------------------------------------------
 
 
 def complete_steps(store: ObjectStore, run_url: str) -> list[int]:
     """Steps that have a complete checkpoint, oldest first."""
     names = [
         info.url.rsplit("/", 2)[-2]
-        for info in store.list(join(run_url, "checkpoints"))
+        for info in store.list(checkpoints_url(run_url))
         if info.url.endswith("/" + MANIFEST_NAME)
     ]
     return sorted(int(name[5:]) for name in names if re.fullmatch(r"step-\d{8}", name))
@@ -145,7 +113,10 @@ def read_manifest(store: ObjectStore, run_url: str, step: int) -> Manifest:
         ObjectMissingError: there is no complete checkpoint at that step.
         CheckpointError: the manifest cannot be read.
     """
-    where = join(run_url, "checkpoints", checkpoint_name(step), MANIFEST_NAME)
+    return _manifest_at(store, join(checkpoints_url(run_url), checkpoint_name(step), MANIFEST_NAME))
+
+
+def _manifest_at(store: ObjectStore, where: str) -> Manifest:
     try:
         value = json.loads(store.read(where))
         if value["format_version"] != FORMAT_VERSION:
@@ -189,12 +160,37 @@ def find(store: ObjectStore, run_url: str, step: int | None) -> Manifest:
     return read_manifest(store, run_url, steps[-1] if step is None else step)
 
 
+def go_back(store: ObjectStore, run_url: str, step: int) -> list[int]:
+    """Make `step` the newest complete checkpoint; returns the later ones, which are superseded.
+
+    Their files stay. Call it before the run starts, not while it goes on.
+
+    Raises:
+        CheckpointError: there is no complete checkpoint at that step.
+    """
+    find(store, run_url, step)
+    later = [other for other in complete_steps(store, run_url) if other > step]
+    mark = f"{SUPERSEDED_PREFIX}{uuid.uuid4().hex[:8]}.json"
+    for other in reversed(later):
+        folder = join(checkpoints_url(run_url), checkpoint_name(other))
+        store.write(join(folder, mark), store.read(join(folder, MANIFEST_NAME)))
+        store.delete(join(folder, MANIFEST_NAME))
+    return later
+
+
 def lineage(store: ObjectStore, run_url: str, manifest: Manifest) -> list[Manifest]:
     """The checkpoints that led to this one, oldest first, itself last."""
     line = [manifest]
     while (parent := line[-1].parent) is not None:
-        line.append(read_manifest(store, run_url, int(parent.removeprefix("step-"))))
+        folder = join(checkpoints_url(run_url), parent)
+        try:
+            line.append(_manifest_at(store, join(folder, MANIFEST_NAME)))
+        except ObjectMissingError:
+            line.append(_manifest_at(store, join(folder, HISTORY_NAME)))
     return line[::-1]
+
+
+# --- what is in one -------------------------------------------------------------------------------
 
 
 def read_file(store: ObjectStore, run_url: str, manifest: Manifest, name: str) -> bytes:
@@ -203,7 +199,7 @@ def read_file(store: ObjectStore, run_url: str, manifest: Manifest, name: str) -
     Raises:
         CheckpointError: it is gone, or its size or digest is not what the manifest says.
     """
-    where = join(run_url, "checkpoints", manifest.name, manifest.parts, name)
+    where = join(parts_url(run_url, manifest), name)
     if name not in manifest.files:
         raise CheckpointError(
             f"the manifest of checkpoint {manifest.name} of {run_url} names no {name}, only "
@@ -224,15 +220,40 @@ def read_file(store: ObjectStore, run_url: str, manifest: Manifest, name: str) -
     return data
 
 
-def fetch(
-    store: ObjectStore, run_url: str, manifest: Manifest, folder: Path, *, below: str
-) -> None:
-    """Copy the verified files whose names start with `below` into a local folder."""
-    for name in manifest.files:
-        if name.startswith(below):
-            path = folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(read_file(store, run_url, manifest, name))
+def read_pieces(
+    store: ObjectStore, run_url: str, manifest: Manifest, kind: str, *, first: int = 0
+) -> Iterator[bytes]:
+    """The packed pieces of every rank, one file after the other, that of rank `first` first."""
+    names = sorted(name for name in manifest.files if name.startswith(f"{kind}/"))
+    own = piece_file(kind, first)
+    for name in sorted(names, key=lambda name: name != own):
+        yield read_file(store, run_url, manifest, name)
+
+
+def read_tensors(
+    store: ObjectStore, run_url: str, manifest: Manifest, *, ema: bool
+) -> dict[str, Tensor]:
+    """Every trained parameter whole, float32, and every buffer, by the model's names.
+
+    Raises:
+        CheckpointError: a part is gone or damaged.
+    """
+    kind = "ema" if ema else "weights"
+    try:
+        files = read_pieces(store, run_url, manifest, kind)
+        return assemble(files, manifest.shapes) | read_buffers(store, run_url, manifest)
+    except (PiecesError, SafetensorError) as error:
+        raise CheckpointError(
+            f"the {kind} of checkpoint {manifest.name} of {run_url} cannot be used: {error}; use "
+            f"an older checkpoint"
+        ) from error
+
+
+def read_buffers(store: ObjectStore, run_url: str, manifest: Manifest) -> dict[str, Tensor]:
+    """BatchNorm's averages; empty for models without."""
+    if BUFFERS_NAME not in manifest.files:
+        return {}
+    return load_safetensors(read_file(store, run_url, manifest, BUFFERS_NAME))
 
 
 def read_samples(store: ObjectStore, run_url: str, manifest: Manifest) -> list[tuple[int, str]]:
@@ -256,43 +277,6 @@ def read_metrics(store: ObjectStore, run_url: str, manifest: Manifest) -> list[d
     ]
 
 
-def check_resumable(
-    manifest: Manifest,
-    config: RunConfig,
-    *,
-    index_digest: str,
-    backbone_sha256: str | None,
-    backbone_card_sha256: str | None = None,
-    world_size: int,
-) -> None:
-    """Refuse to go on from a checkpoint of another run.
-
-    Raises:
-        CheckpointError: listing every setting that differs and both its values, or those that the
-            checkpoint has and this version does not know.
-    """
-    card_then = manifest.backbone_card_sha256 or backbone_card_sha256
-    different = [
-        *(text for key, text in _differences(manifest, config).items() if not _may_change(key)),
-        *_different("shard index", manifest.index_digest, index_digest),
-        *_different("backbone", manifest.backbone_sha256, backbone_sha256),
-        *_different("backbone's card", card_then, backbone_card_sha256),
-        *_different("number of workers", manifest.world_size, world_size),
-    ]
-    if different:
-        raise CheckpointError(
-            f"run {config.name!r} has a checkpoint at step {manifest.step} made with other "
-            f"settings: {'; '.join(sorted(different))}. Restore them, give the run another name, "
-            f"or delete its folder{' (it is not trained yet)' if manifest.step == 0 else ''}."
-        )
-
-
-def changed_settings(manifest: Manifest, config: RunConfig) -> list[str]:
-    """Settings that may differ on resume, and do: each with both its values."""
-    differences = _differences(manifest, config)
-    return [text for key, text in differences.items() if _may_change(key)]
-
-
 def run_of(manifest: Manifest) -> RunConfig:
     """The configuration that a checkpoint was made with.
 
@@ -308,34 +292,7 @@ def run_of(manifest: Manifest) -> RunConfig:
         ) from error
 
 
-def _differences(manifest: Manifest, config: RunConfig) -> dict[str, str]:
-    """By setting, what it was and what it is."""
-    before = _flat(run_of(manifest).model_dump(mode="json"))  # with defaults of newer settings
-    now = _flat(config.model_dump(mode="json"))
-    return {
-        key: text
-        for key in sorted(before.keys() | now.keys())
-        for text in _different(key, before.get(key), now.get(key))
-    }
-
-
-def _different(what: str, before: Any, now: Any) -> list[str]:
-    return [] if before == now else [f"{what} was {before!r}, is {now!r}"]
-
-
-def _may_change(key: str) -> bool:
-    return any(fnmatchcase(key, name) or fnmatchcase(key, f"{name}.*") for name in MAY_CHANGE)
-
-
-def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{'a': {'b': 1}} -> {'a.b': 1}."""
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        flat |= (
-            _flat(inner, f"{prefix}{key}.") if isinstance(inner, Mapping) else {prefix + key: inner}
-        )
-    return flat
-
-
-def _write_json(store: ObjectStore, url: str, value: Mapping[str, Any]) -> None:
-    store.write(url, (json.dumps(value, indent=1) + "\n").encode())
+def to_json(value: Mapping[str, Any] | Manifest | Sequence[Any]) -> bytes:
+    """How manifests and listings are written."""
+    plain = asdict(value) if isinstance(value, Manifest) else value
+    return (json.dumps(plain, indent=1) + "\n").encode()

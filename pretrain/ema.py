@@ -1,28 +1,25 @@
-"""Exponential moving average of the trained weights, held in the pieces that this rank owns.
+"""Exponential moving average of the trained weights, held in the pieces that a rank owns.
 
-Under ZeRO-3 a rank averages only its own partition, so no rank ever holds the whole. BatchNorm's
-buffers are not averaged once more: the averaged weights go with copies of the live ones (METHOD
-section 6).
+A rank averages only what its optimizer updates, in float32 whatever the model computes with, so
+no rank ever holds the whole. BatchNorm's buffers are not averaged once more: the averaged weights
+go with copies of the live ones (METHOD section 6).
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 
 class Ema:
-    """float32 average of parameter pieces: a <- decay a + (1 - decay) p, once per step."""
+    """a <- decay a + (1 - decay) w, once per step, of tensors that training changes in place."""
 
-    def __init__(self, shards: list[Tensor], decay: float) -> None:
+    def __init__(self, weights: Sequence[Tensor], decay: float) -> None:
         self.decay = decay
-        self.shards = [shard.detach().float().clone() for shard in shards]
+        self._weights = list(weights)
+        self.tensors: list[Tensor] = [tensor.clone() for tensor in weights]
+        """The averages, in their order."""
 
-    def update(self, shards: list[Tensor]) -> None:
-        live = [shard.float() for shard in shards]
-        torch._foreach_lerp_(self.shards, live, 1 - self.decay)  # pyright: ignore[reportPrivateImportUsage]
-
-    def swap(self, shards: list[Tensor]) -> None:
-        """Exchange the average with the live pieces; swapping twice changes nothing."""
-        for average, live in zip(self.shards, shards, strict=True):
-            kept = live.float().clone()
-            live.copy_(average)
-            average.copy_(kept)
+    def update(self) -> None:
+        if self.tensors:
+            torch._foreach_lerp_(self.tensors, self._weights, 1 - self.decay)  # pyright: ignore[reportPrivateImportUsage]

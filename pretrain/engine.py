@@ -9,8 +9,7 @@ import ctypes
 import logging
 import os
 import sys
-from contextlib import nullcontext
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,14 +17,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from configs.schema import EngineConfig, OptimizerConfig
+from pretrain.pieces import Piece
 from pretrain.run_plan import RunPlan
 from pretrain.world import World
 
-_TAG = "zero"
+_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+"""Attributes of DeepSpeed's dynamic loss scaler that its next steps depend on."""
 
 
 class Engine:
-    """One model under ZeRO. Every method is collective: all ranks call it together.
+    """One model under ZeRO. `step` is collective: all ranks call it together.
 
     Args:
         model: its parameters with `requires_grad` are trained; the rest stay as they are.
@@ -44,6 +45,7 @@ class Engine:
             keep_freed_memory()
         self.zero_stage = engine.zero_stage
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.shapes = {name: tuple(p.shape) for name, p in self.trainable.items()}
         self.buffers = dict(model.named_buffers())  # BatchNorm's; nothing else here has any
         self._adam = torch.optim.AdamW(
             list(self.trainable.values()),
@@ -59,7 +61,7 @@ class Engine:
             config=deepspeed_config(engine, optimizer, plan),
             dist_init_required=False,
         )
-        self._gathered = deepspeed.zero.GatheredParameters
+        self.pieces = self._own_pieces()
 
     def step(
         self, learning_rate: float, micro_batches: list[tuple[Tensor, Tensor, Tensor]]
@@ -75,21 +77,12 @@ class Engine:
             losses.append(loss.detach())
         return torch.stack(losses).mean()
 
-    def local_shards(self) -> list[Tensor]:
-        """This rank's piece of every trained parameter: all of it, or its ZeRO-3 partition."""
-        if self.zero_stage == 3:
-            return [parameter.ds_tensor.data for parameter in self.trainable.values()]  # type: ignore[attr-defined]
-        return [parameter.data for parameter in self.trainable.values()]
-
-    def shard_of(self, whole: Tensor, like: Tensor) -> Tensor:
-        """This rank's piece of a whole parameter: `like` is the piece it will replace."""
-        if self.zero_stage != 3:
-            return whole
-        rank, size = dist.get_rank(), like.numel()
-        padded = nn.functional.pad(
-            whole.flatten(), (0, size * dist.get_world_size() - whole.numel())
-        )
-        return padded[rank * size : (rank + 1) * size]
+    @property
+    def saved_pieces(self) -> list[Piece]:
+        """What this rank puts into a checkpoint: its pieces, or its turn of those that all have."""
+        if self.zero_stage:
+            return self.pieces
+        return self.pieces[dist.get_rank() :: dist.get_world_size()]
 
     def average_buffers(self) -> None:
         """Give every rank the mean over ranks of BatchNorm's averages.
@@ -102,36 +95,94 @@ class Engine:
                 dist.all_reduce(buffer)
                 buffer.div_(dist.get_world_size())
 
-    def whole_state(self) -> dict[str, Tensor]:
-        """Every trained parameter whole, float32, and every buffer; on the CPU.
-
-        Parameters are gathered one at a time.
-        """
-        state = {name: buffer.cpu().clone() for name, buffer in self.buffers.items()}
-        for name, parameter in self.trainable.items():
-            with self._gathered([parameter]) if self.zero_stage == 3 else nullcontext():
-                state[name] = parameter.detach().float().cpu().clone().contiguous()
-        return state
-
     def num_optimized(self) -> int:
         """Numbers that this rank's optimizer keeps moments of; ZeRO's padding included."""
         return sum(state["exp_avg"].numel() for state in self._adam.state.values())
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's parameters and optimizer state below `folder` (local)."""
-        self._engine.save_checkpoint(
-            str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True
-        )
-        for script in folder.glob("*.py"):  # DeepSpeed leaves its conversion scripts there
-            script.unlink()
+    def counters(self) -> dict[str, float]:
+        """What a checkpoint must hold beside the pieces: Adam's updates, and fp16's loss scale."""
+        state = next(iter(self._adam.state.values()))
+        found = {"updates": float(state["step"])}
+        scaler = self._loss_scaler()
+        return found | ({} if scaler is None else {key: getattr(scaler, key) for key in _SCALER})
 
-    def load(self, folder: Path) -> None:
-        """Restore what `save` wrote at the same world size and stage.
+    def restore(self, counters: Mapping[str, float]) -> None:
+        """Go on from pieces that have been filled: counters, and what ZeRO derives from them."""
+        for state in self._adam.state.values():
+            state["step"].fill_(counters["updates"])
+        scaler = self._loss_scaler()
+        if scaler is not None:
+            for key in _SCALER:
+                setattr(scaler, key, type(getattr(scaler, key))(counters[key]))
+        self._weights_from_pieces()
 
-        Not strict, because frozen parameters are left out; `trainable_names` is compared by the
-        caller, so nothing else can be missing.
+    def _loss_scaler(self) -> Any:
+        """fp16's dynamic one; None where losses are not scaled."""
+        scaler = getattr(self._optimizer, "loss_scaler", None)
+        return scaler if getattr(scaler, "dynamic", False) else None
+
+    # --- where ZeRO keeps what ------------------------------------------------------------------
+
+    def _own_pieces(self) -> list[Piece]:
+        """Views of the float32 weights that this rank's optimizer updates, and of its moments.
+
+        AdamW makes its moments in its first step; here they are made at once, so that a checkpoint
+        can hold them before it.
         """
-        self._engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=False)
+        pieces = []
+        for number, (name, parameter) in enumerate(self.trainable.items()):
+            for flat, at, start, size in self._places(number, parameter):
+                state = self._adam.state[flat]
+                if not state:
+                    state["step"] = torch.zeros((), device=flat.device)
+                    state["exp_avg"] = torch.zeros_like(flat)
+                    state["exp_avg_sq"] = torch.zeros_like(flat)
+                views = [
+                    tensor.detach().view(-1).narrow(0, at, size)
+                    for tensor in (flat, state["exp_avg"], state["exp_avg_sq"])
+                ]
+                pieces.append(Piece(name, start, *views))
+        return pieces
+
+    def _places(self, number: int, parameter: nn.Parameter) -> list[tuple[Tensor, int, int, int]]:
+        """(float32 tensor, place in it, place in the parameter, numbers) that are this rank's."""
+        zero: Any = self._optimizer
+        if self.zero_stage == 3:
+            group, at, size = zero.grad_position[zero.get_param_id(parameter)]
+            start = dist.get_rank() * size
+            real = min(size, max(0, parameter.ds_numel - start))  # pyright: ignore[reportAttributeAccessIssue]
+            flat = zero.fp32_partitioned_groups_flat[group]
+            return [(flat, at, start, real)] if real else []
+        if self.zero_stage:
+            mapping = parameter._hp_mapping  # pyright: ignore[reportAttributeAccessIssue]
+            if mapping is None:
+                return []
+            there, here = mapping.hp_fragment_address, mapping.lp_fragment_address
+            flats = getattr(zero, "single_partition_of_fp32_groups", None)
+            if flats is None:  # BF16_Optimizer: stage 1 in bf16
+                flats = zero.fp32_groups_flat_partition
+            flat = flats[mapping.param_group_index]
+            return [(flat, there.start, here.start, there.numel)]
+        if zero is self._adam:
+            return [(parameter, 0, 0, parameter.numel())]
+        [copies] = zero.fp32_groups  # stage 0 in fewer digits
+        return [(copies[number], 0, 0, parameter.numel())]
+
+    def _weights_from_pieces(self) -> None:
+        """Have the model compute with the float32 weights as they are now; collective."""
+        zero: Any = self._optimizer
+        if self.zero_stage == 3:
+            for group in range(len(zero.fp32_partitioned_groups_flat)):
+                zero._reassign_or_swap_out_partitioned_parameters(group)
+            kept = zero.persistent_parameters  # whole on every rank, because they are small
+            if kept:
+                kept[0].partition(kept)
+                kept[0].all_gather(kept)
+        elif self.zero_stage:
+            zero.update_lp_params()
+        elif zero is not self._adam:
+            for parameter, copy in zip(self.trainable.values(), zero.fp32_groups[0], strict=True):
+                parameter.data.copy_(copy.data)
 
 
 def deepspeed_config(
@@ -144,8 +195,11 @@ def deepspeed_config(
         "gradient_accumulation_steps": plan.accumulation,
         "gradient_clipping": optimizer.clip_norm or 0.0,
         "bf16": {"enabled": engine.precision == "bf16"},
-        "zero_optimization": {"stage": engine.zero_stage},
+        "fp16": {"enabled": engine.precision == "fp16"},
+        "zero_optimization": {"stage": engine.zero_stage}
+        | ({"offload_optimizer": {"device": "cpu"}} if engine.offload_optimizer else {}),
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW needs no compiler
         "steps_per_print": 2**31,
     }
 

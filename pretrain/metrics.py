@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Self
 
 from configs.schema import RunConfig
-from pretrain.checkpoint import METRICS_NAME
 from pretrain.preflight import run_url
 from pretrain.world import World
 
@@ -24,6 +23,7 @@ class MetricsLog:
     def __init__(self, config: RunConfig, local_dir: Path, world: World) -> None:
         self._keeps = world.is_first
         self._lines: list[str] = []
+        self._taken = 0
         self._wandb: Any = None
         if self._keeps and config.wandb.mode != "disabled":
             import wandb
@@ -54,7 +54,12 @@ class MetricsLog:
         if self._wandb is not None:
             self._wandb.log(values, step=int(values["step"]))
 
-    def write_to(self, folder: Path) -> None:
-        """Write the kept lines into a checkpoint's folder and forget them."""
-        (folder / METRICS_NAME).write_text("".join(line + "\n" for line in self._lines))
-        self._lines.clear()
+    def taken(self) -> str:
+        """The lines kept so far, which a checkpoint takes along."""
+        self._taken = len(self._lines)
+        return "".join(line + "\n" for line in self._lines)
+
+    def forget_taken(self) -> None:
+        """That checkpoint is complete."""
+        del self._lines[: self._taken]
+        self._taken = 0

@@ -1,6 +1,7 @@
 """Everything that can be refused before a single worker is started."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from pretrain import checkpoint
 from pretrain.attention import DTYPES, choose_kernel
 from pretrain.backbone import load_backbone
 from pretrain.diti import DiTi
+from pretrain.resumable import changed_settings, check_resumable
 from pretrain.run_plan import RunPlan, plan_run
 from pretrain.trained import initial_weights
 
@@ -86,7 +88,7 @@ def load_start(model: DiTi, store: ObjectStore) -> None:
     model.load_state_dict(initial_weights(model.task.start_from, store, model), strict=False)
 
 
-def preflight(config: RunConfig, world_size: int) -> Preflight:
+def preflight(config: RunConfig, world_size: int, allow_change: Sequence[str] = ()) -> Preflight:
     """Check the batch split, the store, the shards, the backbone and an existing checkpoint.
 
     Raises:
@@ -112,17 +114,17 @@ def preflight(config: RunConfig, world_size: int) -> Preflight:
         if newest is None:
             load_start(model, store)
     if newest is not None:
-        checkpoint.check_resumable(
+        check_resumable(
             newest,
             config,
             index_digest=index.digest,
             backbone_sha256=backbone and backbone.sha256,
             backbone_card_sha256=backbone and backbone.card_sha256,
-            world_size=world_size,
+            allow_change=allow_change,
         )
     if newest is None:
         return Preflight(index, plan, resumes_at=0, changed=())
-    changed = tuple(checkpoint.changed_settings(newest, config))
+    changed = tuple(changed_settings(newest, config))
     _warn_of_decay(newest, config)
     return Preflight(index, plan, newest.step, changed)
 

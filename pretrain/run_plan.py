@@ -18,6 +18,8 @@ class RunPlan:
     """Forward passes per step."""
     total_steps: int
     checkpoint_every_steps: int
+    keep_every_steps: int | None
+    """Of complete checkpoints; None where only the newest stay."""
 
     def publishes_at(self, step: int) -> bool:
         """Whether a checkpoint is published once `step` steps are done."""
@@ -42,8 +44,13 @@ def plan_run(train: TrainConfig, world_size: int) -> RunPlan:
         micro_batch=micro_batch,
         accumulation=share // micro_batch,
         total_steps=-(-train.total_images // train.global_batch),
-        checkpoint_every_steps=max(1, round(train.checkpoint_every_images / train.global_batch)),
+        checkpoint_every_steps=_steps(train.checkpoint_every_images, train),
+        keep_every_steps=train.keep_every_images and _steps(train.keep_every_images, train),
     )
+
+
+def _steps(images: int, train: TrainConfig) -> int:
+    return max(1, round(images / train.global_batch))
 
 
 def learning_rate(optimizer: OptimizerConfig, images: int, total_images: int) -> float:

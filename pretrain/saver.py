@@ -1,11 +1,14 @@
 """What a run keeps: its state restored from, and published to, the run's folder."""
 
-import shutil
+import logging
+from collections.abc import Iterator, Sequence
+from functools import partial
 from importlib.metadata import version
-from pathlib import Path
+from typing import Self
 
-from safetensors.torch import load as load_safetensors
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
 
 from configs.loading import dump_run
 from configs.schema import RunConfig
@@ -19,21 +22,31 @@ from pretrain.ema import Ema
 from pretrain.engine import Engine
 from pretrain.error_budget import ErrorBudget
 from pretrain.metrics import MetricsLog
+from pretrain.pieces import KINDS, Piece, PiecesError, fill_pieces, pack
 from pretrain.preflight import run_url
+from pretrain.publisher import File, Publisher, SupersededError, kept_steps
+from pretrain.resumable import check_resumable
+from pretrain.run_plan import RunPlan
 from pretrain.world import World
+
+_log = logging.getLogger(__name__)
 
 
 class Saver:
-    """Restores from and publishes to the run's folder."""
+    """Restores from and publishes to the run's folder; collective where it says so.
+
+    A checkpoint is published while training goes on. What happened since the newest complete one
+    (samples, metrics) goes with the next, until one of them is complete.
+    """
 
     def __init__(
         self,
         config: RunConfig,
         store: ObjectStore,
         world: World,
+        plan: RunPlan,
         index: ShardIndex,
         backbone: Backbone | None,
-        local_dir: Path,
         newest: checkpoint.Manifest | None,
     ) -> None:
         self.config = config
@@ -42,118 +55,173 @@ class Saver:
         self.index_digest = index.digest
         self.backbone_sha256 = backbone and backbone.sha256
         self.backbone_card_sha256 = backbone and backbone.card_sha256
-        self.scratch = local_dir / "scratch" / f"rank-{world.rank:05d}"
         self.newest = newest
+        self.run_url = run_url(config)
+        self._samples: list[str] = []
+        self._taken = 0
+        self._failure: Exception | None = None
+        self._publisher = Publisher(
+            store,
+            self.run_url,
+            world,
+            deadline_seconds=config.train.publish_deadline_seconds,
+            kept_steps=partial(
+                kept_steps,
+                keep_last=config.train.keep_last,
+                keep_every_steps=plan.keep_every_steps,
+            ),
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """However the run ends: a checkpoint that is nearly there is given a moment."""
+        self._publisher.linger()
 
     @property
     def newest_step(self) -> int:
         return self.newest.step if self.newest else 0
 
-    def restore(self, engine: Engine, ema: Ema) -> int:
-        """Load the newest complete checkpoint; returns its step, 0 where there is none."""
-        url, manifest = run_url(self.config), self.newest
+    def restore(self, engine: Engine, ema: Ema, allow_change: Sequence[str] = ()) -> int:
+        """Load the newest complete checkpoint, whatever the world size and ZeRO stage it was
+        written at; returns its step, 0 where there is none.
+
+        Raises:
+            CheckpointError: it is damaged, or of another run.
+        """
+        manifest = self.newest
         if manifest is None:
             return 0
-        checkpoint.check_resumable(
+        check_resumable(
             manifest,
             self.config,
             index_digest=self.index_digest,
             backbone_sha256=self.backbone_sha256,
             backbone_card_sha256=self.backbone_card_sha256,
-            world_size=self.world.size,
+            allow_change=allow_change,
         )
-        folder = self._empty_scratch()
-        checkpoint.fetch(self.store, url, manifest, folder, below="zero/")
-        engine.load(folder)
-        average = load_safetensors(
-            checkpoint.read_file(self.store, url, manifest, checkpoint.EMA_NAME)
-        )
-        expected = engine.trainable.keys() | engine.buffers.keys()
-        if average.keys() != expected:
-            raise checkpoint.CheckpointError(
-                f"checkpoint {manifest.name} of {url} holds other tensors than this model: "
-                f"{sorted(average.keys() ^ expected)[:5]}"
+        shapes = {name: list(shape) for name, shape in engine.shapes.items()}
+        if manifest.shapes != shapes:
+            different = sorted(
+                name
+                for name in manifest.shapes.keys() | shapes.keys()
+                if manifest.shapes.get(name) != shapes.get(name)
             )
-        for name, piece in zip(engine.trainable, ema.shards, strict=True):
-            piece.copy_(engine.shard_of(average[name], like=piece))
+            raise checkpoint.CheckpointError(
+                f"checkpoint {manifest.name} of {self.run_url} holds other tensors than this "
+                f"model: {different[:5]}"
+            )
+        try:
+            for kind in KINDS:
+                files = checkpoint.read_pieces(
+                    self.store, self.run_url, manifest, kind, first=self.world.rank
+                )
+                fill_pieces(engine.pieces, kind, _tensors(kind, engine.pieces, ema), files)
+        except (PiecesError, SafetensorError) as error:
+            raise checkpoint.CheckpointError(
+                f"checkpoint {manifest.name} of {self.run_url} cannot be used: {error}; use an "
+                f"older checkpoint"
+            ) from error
+        for name, buffer in checkpoint.read_buffers(self.store, self.run_url, manifest).items():
+            engine.buffers[name].copy_(buffer)
+        engine.restore(manifest.counters)
         return manifest.step
 
+    def note(self, batch: Batch) -> None:
+        """A batch that is being trained on."""
+        self._samples += [
+            f"{position}\t{key}\n"
+            for position, key in zip(batch.positions.tolist(), batch.keys, strict=True)
+        ]
+
     def publish(
-        self,
-        step: int,
-        engine: Engine,
-        ema: Ema,
-        metrics: MetricsLog,
-        budget: ErrorBudget,
-        seen: list[Batch],
+        self, step: int, engine: Engine, ema: Ema, metrics: MetricsLog, budget: ErrorBudget
     ) -> None:
-        """Collective: write the state after `step` steps as a complete checkpoint."""
-        folder = self._empty_scratch()
+        """Collective: begin to publish the state after `step` steps; the one before ends first."""
+        self.settle(metrics, wait=True)
         engine.average_buffers()
-        self._save_engine(engine, folder)
-        weights = engine.whole_state()
-        ema.swap(engine.local_shards())
-        average = engine.whole_state()
-        ema.swap(engine.local_shards())
-        (folder / f"samples-{self.world.rank:05d}.tsv").write_text(_sample_lines(seen))
-        if self.world.is_first:
-            save_file(weights, folder / checkpoint.WEIGHTS_NAME)
-            save_file(average, folder / checkpoint.EMA_NAME)
-            metrics.write_to(folder)
-            (folder / "run.yaml").write_text(dump_run(self.config))
-        self.write_dead_letters(step, budget.take_unwritten())
-        parent = self.newest.name if self.newest else None
-
-        def manifest(parts: str, files: dict[str, tuple[int, str]]) -> checkpoint.Manifest:
-            return checkpoint.Manifest(
-                step=step,
-                images=step * self.config.train.global_batch,
-                parent=parent,
-                parts=parts,
-                config=self.config.model_dump(mode="json"),
-                index_digest=self.index_digest,
-                backbone_sha256=self.backbone_sha256,
-                backbone_card_sha256=self.backbone_card_sha256,
-                world_size=self.world.size,
-                code_version=version("diti-pretrain"),
-                files=files,
-                bad_samples=dict(budget.counts),
-            )
-
-        self.newest = checkpoint.publish(
-            self.store, run_url(self.config), folder, self.world, manifest
+        manifest = checkpoint.Manifest(
+            step=step,
+            images=step * self.config.train.global_batch,
+            parent=self.newest.name if self.newest else None,
+            parts="",
+            config=self.config.model_dump(mode="json"),
+            index_digest=self.index_digest,
+            backbone_sha256=self.backbone_sha256,
+            backbone_card_sha256=self.backbone_card_sha256,
+            world_size=self.world.size,
+            code_version=version("diti-pretrain"),
+            shapes={name: list(shape) for name, shape in engine.shapes.items()},
+            counters=engine.counters(),
+            files={},
+            bad_samples=dict(budget.counts),
         )
-        shutil.rmtree(folder)
+        self._publisher.start(manifest, self._files(step, engine, ema, metrics, budget))
 
-    def _save_engine(self, engine: Engine, folder: Path) -> None:
-        try:
-            engine.save(folder)
-        except RuntimeError as error:
-            if "inline_container" not in str(error):  # how torch says that a file was not written
-                raise
-            free = shutil.disk_usage(folder).free / 2**20
-            raise OSError(
-                f"the checkpoint could not be written to the scratch folder {folder}, whose disk "
-                f"has {free:.0f} MiB left; free space there or give another --local-dir"
-            ) from error
+    def settle(self, metrics: MetricsLog, *, wait: bool) -> None:
+        """Collective: learn what became of the checkpoint that is on its way.
+
+        One that could not be published is said, and the run goes on; but see `finish`.
+
+        Raises:
+            SupersededError: another attempt of this run has started.
+        """
+        match self._publisher.settle(wait=wait):
+            case checkpoint.Manifest() as manifest:
+                self.newest = manifest
+                del self._samples[: self._taken]
+                metrics.forget_taken()
+            case SupersededError() as error:
+                raise error
+            case Exception() as error:
+                if self.world.is_first:
+                    _log.warning("%s; the run goes on, the next checkpoint has it all", error)
+                self._failure = error
+            case None:
+                pass
+
+    def finish(self, metrics: MetricsLog) -> checkpoint.Manifest:
+        """Collective: wait for the last checkpoint.
+
+        Raises:
+            CheckpointError: it could not be published.
+        """
+        self._failure = None
+        self.settle(metrics, wait=True)
+        if self._failure is not None or self.newest is None:
+            raise checkpoint.CheckpointError(f"the last checkpoint failed: {self._failure}")
+        return self.newest
+
+    def _files(
+        self, step: int, engine: Engine, ema: Ema, metrics: MetricsLog, budget: ErrorBudget
+    ) -> Iterator[File]:
+        """This rank's; tensors are copied here, on the step path, and packed by the publisher."""
+        rank = self.world.rank
+        pieces = engine.saved_pieces
+        places = [piece.place for piece in pieces]
+        average = dict(zip([p.place for p in engine.pieces], ema.tensors, strict=True))
+        for kind in KINDS:
+            live = [average[p] for p in places] if kind == "ema" else _tensors(kind, pieces, ema)
+            copies = [tensor.to("cpu", copy=True) for tensor in live]
+            yield checkpoint.piece_file(kind, rank), partial(pack, places, copies)
+        self._taken = len(self._samples)
+        yield f"samples-{rank:05d}.tsv", "".join(self._samples).encode
+        if self.world.is_first:
+            yield checkpoint.METRICS_NAME, metrics.taken().encode
+            yield checkpoint.RUN_NAME, dump_run(self.config).encode
+            if engine.buffers:
+                buffers = {name: b.to("cpu", copy=True) for name, b in engine.buffers.items()}
+                yield checkpoint.BUFFERS_NAME, partial(save_safetensors, buffers)
+        self.write_dead_letters(step, budget.take_unwritten())
 
     def write_dead_letters(self, step: int, letters: list[DeadLetter]) -> None:
         """Object stores cannot append: one object per rank and checkpoint."""
         if letters:
             name = f"step-{step:08d}-rank-{self.world.rank:05d}.jsonl"
-            where = join(run_url(self.config), DEAD_LETTERS, name)
+            where = join(self.run_url, DEAD_LETTERS, name)
             self.store.write(where, to_json_lines(letters).encode())
 
-    def _empty_scratch(self) -> Path:
-        shutil.rmtree(self.scratch, ignore_errors=True)
-        self.scratch.mkdir(parents=True)
-        return self.scratch
 
-
-def _sample_lines(seen: list[Batch]) -> str:
-    """`position<TAB>key` of every sample trained on since the last checkpoint."""
-    return "".join(
-        f"{position}\t{key}\n"
-        for batch in seen
-        for position, key in zip(batch.positions.tolist(), batch.keys, strict=True)
-    )
+def _tensors(kind: str, pieces: Sequence[Piece], ema: Ema) -> list[Tensor]:
+    return ema.tensors if kind == "ema" else [getattr(piece, kind) for piece in pieces]

@@ -8,8 +8,9 @@ integer, the number of samples consumed; so a killed run is continued by calling
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from pathlib import Path
 
 import numpy as np
@@ -38,11 +39,21 @@ from pretrain.run_plan import RunPlan, learning_rate, plan_run
 from pretrain.saver import Saver
 from pretrain.timesteps import TimestepDistribution
 from pretrain.unet import set_attention
-from pretrain.world import World, join_world, mean_over_ranks
+from pretrain.world import World, from_first_rank, join_world, mean_over_ranks
 
 
 class TrainingDivergedError(RuntimeError):
     """The loss is no longer a number."""
+
+
+class Wish(StrEnum):
+    """What a run may be asked for between two steps."""
+
+    GO_ON = "go on"
+    SAVE = "save"
+    """Publish now: this place may be taken away soon."""
+    STOP = "stop"
+    """Publish now, and end; the run can go on later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +84,18 @@ def run(
     local_dir: Path,
     index: ShardIndex | None = None,
     report: Callable[[Progress], None] | None = None,
+    asked: Callable[[], Wish] = lambda: Wish.GO_ON,
+    allow_change: Sequence[str] = (),
 ) -> checkpoint.Manifest:
     """Train until `train.total_images`, from the newest complete checkpoint if there is one.
 
     Args:
-        local_dir: scratch folder of this node, for parts on their way to storage and wandb's files.
+        local_dir: folder of this node for wandb's files.
         index: the shard index, where the caller already has it.
         report: called with this rank's progress.
+        asked: what whoever runs this wants; called by all ranks together, with each report. The
+            answer of rank 0 counts.
+        allow_change: settings that may differ from those of the checkpoint, see `resumable`.
 
     Returns:
         The manifest of the last checkpoint.
@@ -104,29 +120,31 @@ def run(
         load_start(model, store)
     timesteps = model.timesteps
     engine = Engine(model, config.engine, config.optimizer, plan, world)
-    ema = Ema(engine.local_shards(), config.train.ema_decay)
-    saver = Saver(config, store, world, index, backbone, local_dir, newest)
-    step = saver.restore(engine, ema)
+    ema = Ema([piece.weights for piece in engine.pieces], config.train.ema_decay)
+    saver = Saver(config, store, world, plan, index, backbone, newest)
+    step = saver.restore(engine, ema, allow_change)
     budget = ErrorBudget(
         config.data.error_budget, index.num_samples, newest.bad_samples if newest else {}
     )
 
     # --- loop --------------------------------------------------------------------------------
     batches = _timed(_open_batches(store, index, order, config, plan, world, first_batch=step))
-    seen: list[Batch] = []
     window = _Window()
     model.train()
-    with MetricsLog(config, local_dir, world) as metrics:
+    progress: Progress | None = None
+    with MetricsLog(config, local_dir, world) as metrics, saver:
         if saver.newest is None:
             # Step 0 is published too: it proves early that storage takes our checkpoints, and it
             # is the untrained encoder that every evaluation compares with.
-            saver.publish(0, engine, ema, metrics, budget, seen=[])
-        while step < plan.total_steps:
+            saver.publish(0, engine, ema, metrics, budget)
+            saver.finish(metrics)
+        wish = Wish.GO_ON
+        while step < plan.total_steps and wish is not Wish.STOP:
             torch.manual_seed(int(mix64(config.seed, step, world.rank) >> np.uint64(1)))  # dropout
             micro_batches = []
             for _ in range(plan.accumulation):
                 batch, waited = next(batches)
-                seen.append(batch)
+                saver.note(batch)
                 budget.note(batch.dead_letters)
                 window.waited += waited
                 micro_batches.append(_to_tensors(batch, config, timesteps, world.device))
@@ -134,22 +152,24 @@ def run(
             images_before = step * config.train.global_batch
             rate = learning_rate(config.optimizer, images_before, config.train.total_images)
             window.losses.append(engine.step(rate, micro_batches))
-            ema.update(engine.local_shards())
+            ema.update()
             step += 1
 
             if step % config.train.log_every_steps == 0 or plan.publishes_at(step):
                 progress = window.close(step, config, plan, world, budget.settle())
                 metrics.record(_metrics_line(progress, rate))
                 _check(progress, budget, saver)
-                if plan.publishes_at(step):
-                    saver.publish(step, engine, ema, metrics, budget, seen)
-                    seen.clear()
-                if report:
+                saver.settle(metrics, wait=False)
+                wish = Wish(from_first_rank(asked()))
+                if plan.publishes_at(step) or wish is not Wish.GO_ON:
+                    saver.publish(step, engine, ema, metrics, budget)
+                if report and step < plan.total_steps and wish is not Wish.STOP:
                     report(replace(progress, checkpoint_step=saver.newest_step))
                 window = _Window()
-
-    assert saver.newest is not None
-    return saver.newest
+        manifest = saver.finish(metrics)
+        if report and progress:
+            report(replace(progress, checkpoint_step=manifest.step))
+    return manifest
 
 
 def build_model(

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
 from configs.schema import DitiTask, EncoderConfig, RunConfig
@@ -64,7 +63,7 @@ def load_encoder(
     encoder = make_encoder(task.encoder, image_size_px=config.data.image_size_px)
     state = {
         name.removeprefix("encoder."): tensor
-        for name, tensor in _weights(store, run_url, manifest, ema=ema).items()
+        for name, tensor in checkpoint.read_tensors(store, run_url, manifest, ema=ema).items()
         if name.startswith("encoder.")
     }
     _load_exactly(encoder, state, set(encoder.state_dict()), run_url)
@@ -139,7 +138,7 @@ def load_diti(
     config, task = _diti_run(manifest, run_url)
     backbone = load_backbone(store, task.backbone)
     model = DiTi(task, backbone, image_size_px=config.data.image_size_px)
-    weights = _weights(store, run_url, manifest, ema=True)
+    weights = checkpoint.read_tensors(store, run_url, manifest, ema=True)
     _load_exactly(model, weights, set(model.trained_state()), run_url)
     return model.requires_grad_(False).eval(), config, manifest
 
@@ -160,7 +159,7 @@ def load_denoiser_weights(
     store: ObjectStore, run_url: str, manifest: checkpoint.Manifest
 ) -> dict[str, Tensor]:
     """The averaged U-Net weights of a denoiser run's checkpoint, by the U-Net's own names."""
-    weights = _weights(store, run_url, manifest, ema=True)
+    weights = checkpoint.read_tensors(store, run_url, manifest, ema=True)
     return {name.removeprefix("unet."): tensor for name, tensor in weights.items()}
 
 
@@ -184,7 +183,7 @@ def initial_weights(source: str | Path, store: ObjectStore, model: DiTi) -> Mapp
         weights = authors.trained_weights()
         _compare(authors, model)
     else:
-        weights = _weights(store, url, checkpoint.find(store, url, None), ema=True)
+        weights = checkpoint.read_tensors(store, url, checkpoint.find(store, url, None), ema=True)
     if problems := state_problems(shapes_of(weights), shapes_of(model.trained_state())):
         raise PublishedCheckpointError(
             f"{source} cannot start this run: its encoder and shift path are of another shape; "
@@ -235,13 +234,6 @@ def _diti_run(manifest: checkpoint.Manifest, run_url: str) -> tuple[RunConfig, D
             f"{run_url} is a run of kind {config.task.kind!r}; a DiTi run is needed here"
         )
     return config, config.task
-
-
-def _weights(
-    store: ObjectStore, run_url: str, manifest: checkpoint.Manifest, *, ema: bool
-) -> Mapping[str, Tensor]:
-    name = checkpoint.EMA_NAME if ema else checkpoint.WEIGHTS_NAME
-    return load_safetensors(checkpoint.read_file(store, run_url, manifest, name))
 
 
 def _load_exactly(

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import simplejpeg
 import torch
-from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 import configs
@@ -56,10 +55,10 @@ def make_shards(store: ObjectStore, url: str) -> None:
 def online_loss(store: ObjectStore, config: RunConfig, step: int) -> Tensor:
     """Of the weights at a step, not their average, without dropout, on one fixed batch; (8,)."""
     manifest = checkpoint.find(store, run_url(config), step)
-    weights = checkpoint.read_file(store, run_url(config), manifest, checkpoint.WEIGHTS_NAME)
+    weights = checkpoint.read_tensors(store, run_url(config), manifest, ema=False)
     model, _ = build_model(config, store, torch.device("cpu"))
     assert isinstance(model, DiTi)
-    model.load_state_dict(load_safetensors(weights), strict=False)
+    model.load_state_dict(weights, strict=False)
     images = torch.from_numpy(random_pictures(1, 8)).permute(0, 3, 1, 2) / 127.5 - 1
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     t = torch.tensor([20, 75, 150, 250, 350, 450, 600, 900])

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,16 @@ import torch
 
 from configs.loading import parse_run
 from configs.schema import RunConfig
-from data_pipelines.object_store import ObjectInfo, ObjectMissingError, ObjectStore
+from data_pipelines.object_store import (
+    ObjectInfo,
+    ObjectMissingError,
+    ObjectStore,
+    StoreError,
+)
 from pretrain import checkpoint
-from pretrain.checkpoint import CheckpointError, Manifest, check_resumable
+from pretrain.checkpoint import CheckpointError, Manifest
+from pretrain.publisher import Publisher, SupersededError, collect_orphans, kept_steps
+from pretrain.resumable import MAY_CHANGE, changed_settings, check_resumable
 from pretrain.world import World
 from tests.tiny_run import RUN
 
@@ -29,12 +37,29 @@ def make_config(*overrides: str) -> RunConfig:
     return parse_run(text, overrides)
 
 
+def make_manifest(step: int, parent: int | None = None) -> Manifest:
+    """As the saver makes it: without parts and files."""
+    return Manifest(
+        step=step,
+        images=32 * step,
+        parent=None if parent is None else checkpoint.checkpoint_name(parent),
+        parts="",
+        config=make_config().model_dump(mode="json"),
+        index_digest="i" * 64,
+        backbone_sha256="b" * 64,
+        world_size=1,
+        code_version="0",
+        shapes={"w": [2, 2]},
+        counters={"updates": float(step)},
+        files={},
+    )
+
+
 @dataclass(frozen=True)
 class Run:
     """A run's folder in a local store, and what publishes below it."""
 
     url: str
-    scratch: Path
 
     def publish(
         self,
@@ -43,31 +68,21 @@ class Run:
         files: dict[str, bytes] | None = None,
         *,
         store: ObjectStore = STORE,
-        check: Callable[[dict[str, tuple[int, str]]], None] = lambda _: None,
+        keep_last: int | None = None,
     ) -> Manifest:
-        """Publish `files`; `check` sees the list of files just before the manifest is written."""
-        folder = self.scratch / f"step-{step}"
-        for name, content in (files or {"weights.safetensors": WEIGHTS}).items():
-            path = folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
-
-        def manifest(parts: str, files: dict[str, tuple[int, str]]) -> Manifest:
-            check(files)
-            return Manifest(
-                step=step,
-                images=32 * step,
-                parent=None if parent is None else checkpoint.checkpoint_name(parent),
-                parts=parts,
-                config=make_config().model_dump(mode="json"),
-                index_digest="i" * 64,
-                backbone_sha256="b" * 64,
-                world_size=1,
-                code_version="0",
-                files=files,
-            )
-
-        return checkpoint.publish(store, self.url, folder, ALONE, manifest)
+        """Publish `files`, from a publisher of its own, as a restarted run does."""
+        keep = partial(kept_steps, keep_last=keep_last, keep_every_steps=None)
+        publisher = Publisher(store, self.url, ALONE, deadline_seconds=5, kept_steps=keep)
+        contents = files or {"weights/00000.safetensors": WEIGHTS}
+        publisher.start(
+            make_manifest(step, parent),
+            [(name, partial(bytes, content)) for name, content in contents.items()],
+        )
+        outcome = publisher.settle(wait=True)
+        if not isinstance(outcome, Manifest):
+            assert outcome is not None
+            raise outcome
+        return outcome
 
     def path(self, manifest: Manifest, name: str) -> Path:
         """Where a published part lies on disk."""
@@ -79,14 +94,14 @@ class Run:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    return Run(str(tmp_path / "runs" / "tiny"), tmp_path / "scratch")
+    return Run(str(tmp_path / "runs" / "tiny"))
 
 
 # --- publishing and finding -----------------------------------------------------------------------
 
 
-def test_what_was_published_is_found_again_with_every_byte(run: Run, tmp_path: Path):
-    files = {"weights.safetensors": WEIGHTS, "zero/rank0.pt": b"zero", "zero/sub/rank1.pt": b"one"}
+def test_what_was_published_is_found_again_with_every_byte(run: Run):
+    files = {"weights/00000.safetensors": WEIGHTS, "metrics.jsonl": b"", "samples-00000.tsv": b"1"}
     published = run.publish(2, files=files)
     found = checkpoint.find(STORE, run.url, None)
     assert found == published
@@ -96,12 +111,6 @@ def test_what_was_published_is_found_again_with_every_byte(run: Run, tmp_path: P
     }
     for name, content in files.items():
         assert checkpoint.read_file(STORE, run.url, found, name) == content
-    checkpoint.fetch(STORE, run.url, found, tmp_path / "fetched", below="zero/")
-    fetched = {path for path in (tmp_path / "fetched").rglob("*") if path.is_file()}
-    assert {path.relative_to(tmp_path / "fetched").as_posix() for path in fetched} == {
-        "zero/rank0.pt",
-        "zero/sub/rank1.pt",
-    }
 
 
 def test_the_newest_is_the_last_step_and_any_step_can_be_asked_for(run: Run):
@@ -133,21 +142,20 @@ def test_a_run_without_any_says_so(run: Run):
 # --- half a checkpoint is none --------------------------------------------------------------------
 
 
-class KilledError(Exception):
-    """Stands for the end of the process."""
+class DiesBeforeTheManifest(ObjectStore):
+    """Stands for the end of the process once all parts are there."""
 
-
-def kill_before_the_manifest(files: dict[str, tuple[int, str]]) -> None:
-    if files:
-        raise KilledError
+    def write(self, url: str, data: bytes, *, only_if_absent: bool = False) -> ObjectInfo:
+        if url.endswith("/" + checkpoint.MANIFEST_NAME):
+            raise StoreError("killed")
+        return super().write(url, data, only_if_absent=only_if_absent)
 
 
 def test_parts_without_a_manifest_are_invisible(run: Run):
     older = run.publish(0)
-    with pytest.raises(KilledError):
-        run.publish(2, parent=0, check=kill_before_the_manifest)
-    below = [info.url for info in STORE.list(run.url) if "step-00000002" in info.url]
-    assert len(below) == 1, "the parts are there"
+    with pytest.raises(StoreError, match="killed"):
+        run.publish(2, parent=0, store=DiesBeforeTheManifest())
+    assert [info.url for info in STORE.list(run.url) if "step-00000002" in info.url], "parts"
     assert checkpoint.complete_steps(STORE, run.url) == [0]
     assert checkpoint.newest(STORE, run.url) == older
     with pytest.raises(CheckpointError, match=r"at step 2; the last of 1 are the steps \[0\]"):
@@ -158,7 +166,6 @@ def test_parts_without_a_manifest_are_invisible(run: Run):
 
 def test_a_second_attempt_at_a_step_shares_nothing_with_the_first(run: Run):
     first = run.publish(2, files={"a": b"first", "b": b"first"})
-    (run.scratch / "step-2" / "b").unlink()
     again = run.publish(2, files={"a": b"again"})
     assert checkpoint.find(STORE, run.url, 2) == again
     assert list(again.files) == ["a"]
@@ -167,16 +174,16 @@ def test_a_second_attempt_at_a_step_shares_nothing_with_the_first(run: Run):
 
 
 class CuttingStore(ObjectStore):
-    """Loses the last byte of what it is given."""
+    """Loses the last byte of weights."""
 
-    def upload(self, local_path: Path, url: str) -> ObjectInfo:
-        return self.write(url, local_path.read_bytes()[:-1])
+    def write(self, url: str, data: bytes, *, only_if_absent: bool = False) -> ObjectInfo:
+        return super().write(url, data[:-1] if "weights" in url else data)
 
 
 def test_a_store_that_loses_a_byte_gets_no_manifest(run: Run):
     with pytest.raises(CheckpointError, match=r"1023 bytes in the store, 1024 were sent") as error:
         run.publish(2, store=CuttingStore())
-    assert "weights.safetensors" in str(error.value)
+    assert "weights/00000.safetensors" in str(error.value)
     assert checkpoint.complete_steps(STORE, run.url) == []
 
 
@@ -198,19 +205,15 @@ def cut(path: Path) -> None:
     [(flip_a_byte, "is damaged"), (cut, "is damaged: 1023 bytes"), (Path.unlink, "is missing")],
 )
 def test_a_damaged_or_missing_part_is_named_with_the_remedy(
-    run: Run, tmp_path: Path, damage: Callable[[Path], None], what: str
+    run: Run, damage: Callable[[Path], None], what: str
 ):
     manifest = run.publish(2)
-    path = run.path(manifest, "weights.safetensors")
+    path = run.path(manifest, "weights/00000.safetensors")
     damage(path)
-    for read in (
-        lambda: checkpoint.read_file(STORE, run.url, manifest, "weights.safetensors"),
-        lambda: checkpoint.fetch(STORE, run.url, manifest, tmp_path / "to", below="weights"),
-    ):
-        with pytest.raises(CheckpointError) as error:
-            read()
-        assert str(error.value).startswith(f"{path} {what}")
-        assert "use an older checkpoint" in str(error.value)
+    with pytest.raises(CheckpointError) as error:
+        list(checkpoint.read_pieces(STORE, run.url, manifest, "weights"))
+    assert str(error.value).startswith(f"{path} {what}")
+    assert "use an older checkpoint" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +225,7 @@ def test_a_damaged_or_missing_part_is_named_with_the_remedy(
         lambda text: json.dumps(json.loads(text) | {"files": {"a": 3}}),
         lambda text: json.dumps({k: v for k, v in json.loads(text).items() if k != "parts"}),
         lambda text: json.dumps(json.loads(text) | {"invented_later": 1}),
-        lambda text: json.dumps(json.loads(text) | {"format_version": 2}),
+        lambda text: json.dumps(json.loads(text) | {"format_version": 1}),
     ],
     ids=["half", "empty", "list", "files", "without parts", "unknown field", "other format"],
 )
@@ -256,7 +259,7 @@ def progress(*positions: int) -> dict[str, bytes]:
 @pytest.fixture
 def branched(run: Run) -> Run:
     """0 -> 2 -> 4, and 3, which was abandoned: its worker died and the run went on from 2."""
-    run.publish(0, files={"weights.safetensors": WEIGHTS})
+    run.publish(0, files={"weights/00000.safetensors": WEIGHTS})
     run.publish(2, 0, progress(0, 1, 2, 3))
     run.publish(3, 2, progress(4, 5))
     run.publish(4, 2, progress(4, 5, 6, 7))
@@ -289,19 +292,24 @@ def test_a_damaged_ancestor_is_named(branched: Run):
 
 CHANGES = {
     "output": "output=elsewhere",
-    "cluster.max_failures": "cluster.max_failures=9",
-    "cluster.cpus_per_worker": "cluster.cpus_per_worker=4",
+    "cluster": "cluster.num_workers=4",
     "data.cache": "data.cache={folder: /scratch, limit_gib: 1}",
     "data.shards": "data.shards=s3://copy/train",
     "data.sources.*.shards": "data.shards=s3://copy/train",
     "data.decode_threads": "data.decode_threads=7",
     "data.prefetch_batches": "data.prefetch_batches=7",
     "engine.attention": "engine.attention=sdpa",
+    "engine.offload_optimizer": "engine.offload_optimizer=true",
+    "engine.zero_stage": "engine.zero_stage=3",
     "optimizer.decay_images": "optimizer.decay_images=32",
     "store": "store.endpoint_url=http://other:9000",
     "task.backbone.weights": "task.backbone.weights=s3://copy/b.safetensors",
     "train.total_images": "train.total_images=640",
+    "train.max_micro_batch": "train.max_micro_batch=4",
     "train.checkpoint_every_images": "train.checkpoint_every_images=32",
+    "train.keep_every_images": "train.keep_every_images=64 train.keep_last=2",
+    "train.keep_last": "train.keep_last=3",
+    "train.publish_deadline_seconds": "train.publish_deadline_seconds=5",
     "train.log_every_steps": "train.log_every_steps=5",
     "wandb": "wandb.project=other",
 }
@@ -313,14 +321,14 @@ def resume(
     *,
     index_digest: str = "i" * 64,
     backbone_sha256: str = "b" * 64,
-    world_size: int = 1,
+    allow_change: tuple[str, ...] = (),
 ) -> None:
     check_resumable(
         manifest,
         config,
         index_digest=index_digest,
         backbone_sha256=backbone_sha256,
-        world_size=world_size,
+        allow_change=allow_change,
     )
 
 
@@ -337,17 +345,17 @@ def test_the_same_configuration_may_resume(manifest: Manifest):
 
 
 def test_nothing_else_may_change():
-    assert set(checkpoint.MAY_CHANGE) == CHANGES.keys()
+    assert set(MAY_CHANGE) == CHANGES.keys()
 
 
 @pytest.mark.parametrize("key", CHANGES)
 def test_a_setting_that_decides_nothing_about_the_numbers_may_change(manifest: Manifest, key: str):
-    config = make_config(CHANGES[key])
+    overrides = [CHANGES[key]] if "{" in CHANGES[key] else CHANGES[key].split()
+    config = make_config(*overrides)
     assert config != make_config()
     resume(manifest, config)
-    changed = checkpoint.changed_settings(manifest, config)
-    assert changed
-    assert all(text.startswith(key.replace("sources.*.", "")) for text in changed)
+    changed = changed_settings(manifest, config)
+    assert any(text.startswith(key.replace("sources.*.", "")) for text in changed)
 
 
 def test_every_setting_that_differs_is_listed_with_both_values(manifest: Manifest):
@@ -359,17 +367,13 @@ def test_every_setting_that_differs_is_listed_with_both_values(manifest: Manifes
         "wandb.mode=offline",
     )
     with pytest.raises(CheckpointError) as error:
-        resume(manifest, config, index_digest="j" * 64, backbone_sha256="c" * 64, world_size=4)
-    assert checkpoint.changed_settings(manifest, config) == [
-        "wandb.mode was 'disabled', is 'offline'"
-    ]
+        resume(manifest, config, index_digest="j" * 64, backbone_sha256="c" * 64)
     message = str(error.value)
     assert message.startswith("run 'tiny' has a checkpoint at step 2 made with other settings: ")
     assert message.endswith("Restore them, give the run another name, or delete its folder.")
     listed = message.split("settings: ")[1].split(". Restore")[0].split("; ")
     assert listed == [
         f"backbone was '{'b' * 64}', is '{'c' * 64}'",
-        "number of workers was 1, is 4",
         "optimizer.clip_norm was 1.0, is None",
         "optimizer.learning_rate was 0.001, is 0.002",
         "seed was 0, is 3",
@@ -386,7 +390,6 @@ def test_a_card_that_says_something_else_is_another_backbone(manifest: Manifest)
             index_digest="i" * 64,
             backbone_sha256="b" * 64,
             backbone_card_sha256=card,
-            world_size=1,
         )
 
     resume_with("d" * 64)
@@ -416,15 +419,140 @@ def test_a_configuration_that_this_version_cannot_read_is_named(manifest: Manife
 
 
 def test_the_pointer_to_the_newest_one_never_runs_ahead_of_its_manifest(run: Run):
-    class FullAtTheEnd(ObjectStore):
-        def write(self, url: str, data: bytes, *, only_if_absent: bool = False) -> ObjectInfo:
-            if url.endswith(checkpoint.MANIFEST_NAME):
-                raise OSError("no space left")
-            return super().write(url, data, only_if_absent=only_if_absent)
-
     run.publish(1)
-    with pytest.raises(OSError, match="no space left"):
-        run.publish(2, store=FullAtTheEnd())
+    with pytest.raises(StoreError, match="killed"):
+        run.publish(2, store=DiesBeforeTheManifest())
     latest = json.loads(Path(run.url, "checkpoints", "latest.json").read_text())
     assert latest == {"name": checkpoint.checkpoint_name(1)}
     assert checkpoint.find(STORE, run.url, None).step == 1
+
+
+# --- settings that may differ where the user says so ----------------------------------------------
+
+
+def test_a_setting_that_changes_what_is_learnt_may_differ_when_it_is_allowed(manifest: Manifest):
+    config = make_config("optimizer.learning_rate=2e-3", "task.weight=snr")
+    with pytest.raises(CheckpointError, match="say that it is meant") as error:
+        resume(manifest, config)
+    flags = "(--allow-change optimizer.learning_rate --allow-change task.weight)"
+    assert flags in str(error.value)
+    resume(manifest, config, allow_change=("optimizer.learning_rate", "task.weight"))
+    resume(manifest, config, allow_change=("optimizer", "task.weight"))
+    with pytest.raises(CheckpointError, match=r"settings: task\.weight was"):
+        resume(manifest, config, allow_change=("optimizer",))
+
+
+@pytest.mark.parametrize("key", ["seed", "task.encoder", "train.global_batch", "task", "nonsense"])
+def test_what_would_make_it_another_run_cannot_be_allowed(manifest: Manifest, key: str):
+    with pytest.raises(ValueError, match=rf"--allow-change {key}: .*optimizer"):
+        resume(manifest, make_config(), allow_change=(key,))
+
+
+# --- one attempt publishes at a time --------------------------------------------------------------
+
+
+def test_an_attempt_that_was_replaced_publishes_no_more(run: Run):
+    old, new = (
+        Publisher(STORE, run.url, ALONE, deadline_seconds=5, kept_steps=set) for _ in range(2)
+    )
+    old.start(make_manifest(2), [("metrics.jsonl", partial(bytes, b"old"))])
+    assert isinstance(old.settle(wait=True), SupersededError)
+    assert checkpoint.complete_steps(STORE, run.url) == []
+    new.start(make_manifest(2), [("metrics.jsonl", partial(bytes, b"new"))])
+    manifest = new.settle(wait=True)
+    assert isinstance(manifest, Manifest)
+    assert checkpoint.read_file(STORE, run.url, manifest, "metrics.jsonl") == b"new"
+
+
+def test_a_part_that_does_not_arrive_is_named_after_the_deadline(run: Run):
+    two = World(0, 2, torch.device("cpu"))
+    publisher = Publisher(STORE, run.url, two, deadline_seconds=0.3, kept_steps=set)
+    publisher.start(make_manifest(2), [])
+    assert publisher.settle(wait=False) is None
+    outcome = publisher.settle(wait=True)
+    assert isinstance(outcome, CheckpointError)
+    assert "files-00001.json had not arrived" in str(outcome)
+    assert publisher.settle(wait=True) is None, "said once"
+    assert checkpoint.complete_steps(STORE, run.url) == []
+
+
+# --- which checkpoints stay -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "every", "kept"),
+    [
+        (None, None, {0, 2, 4, 6, 8}),
+        (1, None, {0, 8}),
+        (2, None, {0, 6, 8}),
+        (1, 4, {0, 4, 8}),
+        (9, None, {0, 2, 4, 6, 8}),
+    ],
+)
+def test_the_newest_stay_and_every_so_many_and_always_the_untrained_one(keep_last, every, kept):
+    steps = [0, 2, 4, 6, 8]
+    assert kept_steps(steps, keep_last=keep_last, keep_every_steps=every) == kept
+
+
+def test_of_a_checkpoint_that_is_not_kept_the_history_stays(run: Run):
+    for parent, step in ((None, 0), (0, 2), (2, 4), (4, 6)):
+        files = {"weights/00000.safetensors": WEIGHTS, **progress(step, step + 1)}
+        run.publish(step, parent, files, keep_last=1)
+    assert checkpoint.complete_steps(STORE, run.url) == [0, 6]
+    weights = [info.url for info in STORE.list(run.url) if "/weights/" in info.url]
+    assert [url.split("/step-")[1][:8] for url in weights] == ["00000000", "00000006"]
+    newest = checkpoint.find(STORE, run.url, None)
+    assert [manifest.step for manifest in checkpoint.lineage(STORE, run.url, newest)] == [
+        0,
+        2,
+        4,
+        6,
+    ]
+    assert len(checkpoint.read_metrics(STORE, run.url, newest)) == 8
+    assert collect_orphans(STORE, run.url) == 0, "nothing of it is an orphan"
+
+
+def test_orphans_are_what_no_manifest_names(run: Run):
+    run.publish(0)
+    with pytest.raises(StoreError):
+        run.publish(2, parent=0, store=DiesBeforeTheManifest())
+    kept = run.publish(2, parent=0)
+    with pytest.raises(StoreError):
+        run.publish(4, parent=2, store=DiesBeforeTheManifest())
+    removed = collect_orphans(STORE, run.url)
+    assert removed == 4, "weights and listing of two attempts"
+    left = {info.url.removeprefix(run.url) for info in STORE.list(run.url)}
+    assert not any("step-00000004" in name for name in left)
+    assert sum(kept.parts in name for name in left) == 2
+    assert checkpoint.complete_steps(STORE, run.url) == [0, 2]
+
+
+def test_a_checkpoint_thinned_out_only_in_part_loses_the_rest_of_its_state(run: Run):
+    files = {"weights/00000.safetensors": WEIGHTS, "metrics.jsonl": b""}
+    manifest = run.publish(2, files=files)
+    folder = run.manifest_path(2).parent
+    run.manifest_path(2).rename(folder / checkpoint.HISTORY_NAME)  # killed before the weights went
+    assert collect_orphans(STORE, run.url) == 1
+    assert run.path(manifest, "metrics.jsonl").exists()
+    assert not run.path(manifest, "weights/00000.safetensors").exists()
+
+
+def test_going_back_sets_later_checkpoints_aside_and_keeps_their_files(run: Run):
+    for parent, step in ((None, 0), (0, 2), (2, 4), (4, 6)):
+        run.publish(step, parent)
+    assert checkpoint.go_back(STORE, run.url, 2) == [4, 6]
+    assert checkpoint.complete_steps(STORE, run.url) == [0, 2]
+    before = len(STORE.list(run.url))
+    assert collect_orphans(STORE, run.url) == 0
+    again = run.publish(4, parent=2)
+    assert checkpoint.find(STORE, run.url, None) == again
+    assert len(STORE.list(run.url)) == before + 3, "manifest, weights and listing beside the old"
+    with pytest.raises(CheckpointError, match="no complete checkpoint at step 6"):
+        checkpoint.go_back(STORE, run.url, 6)
+
+
+def test_a_damaged_manifest_stops_the_collection_before_anything_is_lost(run: Run):
+    run.publish(2)
+    run.manifest_path(2).write_text("{")
+    with pytest.raises(CheckpointError, match="nothing is removed"):
+        collect_orphans(STORE, run.url)

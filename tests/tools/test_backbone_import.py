@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save as save_safetensors
 from typer.testing import CliRunner, Result
 
 from cluster.export import encode_shard, feature_columns
@@ -17,6 +16,7 @@ from data_pipelines.object_store import ObjectStore, join
 from pretrain import checkpoint
 from pretrain.backbone import load_backbone
 from pretrain.encoder import Encoder
+from pretrain.pieces import pack
 from pretrain.published import load_authors_checkpoint
 from pretrain.trained import load_encoder, load_published_encoder
 from tests.published_files import (
@@ -151,10 +151,15 @@ def test_the_encoder_of_a_run_comes_with_or_without_averaging(tmp_path: Path) ->
     config = make_run(STORE, str(tmp_path))
     assert isinstance(config.task, DitiTask)
     states = {}
-    for name in (checkpoint.EMA_NAME, checkpoint.WEIGHTS_NAME):
+    for kind in ("ema", "weights"):
         encoder = Encoder(config.task.encoder, image_size_px=32)
-        states[name] = {f"encoder.{key}": t for key, t in encoder.state_dict().items()}
-    files = {name: save_safetensors(state) for name, state in states.items()}
+        states[kind] = {f"encoder.{key}": t for key, t in encoder.state_dict().items()}
+    files = {
+        checkpoint.piece_file(kind, 0): pack(
+            [f"{name}@0" for name in state], [tensor.flatten() for tensor in state.values()]
+        )
+        for kind, state in states.items()
+    }
     run = str(tmp_path / "run")
     for name, data in files.items():
         STORE.write(join(run, "checkpoints/step-00000003/parts", name), data)
@@ -168,12 +173,14 @@ def test_the_encoder_of_a_run_comes_with_or_without_averaging(tmp_path: Path) ->
         backbone_sha256=config.task.backbone.sha256,
         world_size=1,
         code_version="",
+        shapes={name: list(tensor.shape) for name, tensor in states["ema"].items()},
+        counters={},
         files={n: (len(d), hashlib.sha256(d).hexdigest()) for n, d in files.items()},
     )
     STORE.write(
         join(run, "checkpoints/step-00000003/COMPLETE.json"), json.dumps(asdict(manifest)).encode()
     )
-    for ema, name in ((True, checkpoint.EMA_NAME), (False, checkpoint.WEIGHTS_NAME)):
+    for ema, name in ((True, "ema"), (False, "weights")):
         trained = load_encoder(STORE, run, ema=ema)
         first = trained.encoder.state_dict()["encoder.0.weight"]
         assert torch.equal(first, states[name]["encoder.encoder.0.weight"])

@@ -164,12 +164,12 @@ class Trainer:
             self.adam.zero_grad()
         with self.clock.phase("EMA"):
             if self.way == "ours":
-                self.ema.update(self._values())
+                self.ema.update()
             else:
                 self._update_ema_one_by_one()
 
     def _update_ema_one_by_one(self) -> None:
-        for average, value in zip(self.ema.shards, self._values(), strict=True):
+        for average, value in zip(self.ema.tensors, self._values(), strict=True):
             average.copy_(average * EMA_DECAY + value * (1 - EMA_DECAY))
 
     def _values(self) -> list[Tensor]:

@@ -10,7 +10,7 @@ Overrides = Annotated[
     typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Changes to the run file, in YAML syntax."),
 ]
 LocalDir = Annotated[
-    Path, typer.Option(help="Scratch folder on this node: parts on their way to storage, wandb.")
+    Path, typer.Option(help="Folder on this node for the files of wandb and of Ray.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 AuthorsConfig = Annotated[

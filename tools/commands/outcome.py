@@ -16,7 +16,7 @@ def clear_errors(*, goes_on: bool = False) -> Iterator[None]:
     from concurrent.futures import BrokenExecutor
 
     from cluster.export import ExportFailedError
-    from cluster.launch import RunFailedError
+    from cluster.launch import RunFailedError, RunStoppedError
     from cluster.on_tars import TarWorkFailedError
     from cluster.session import ClusterError
     from data_pipelines.local_s3 import LocalS3Error
@@ -41,6 +41,9 @@ def clear_errors(*, goes_on: bool = False) -> Iterator[None]:
     except (*failures, OSError) as error:
         typer.echo(f"diti: {error}", err=True)
         raise typer.Exit(1) from error
+    except RunStoppedError as error:
+        typer.echo(f"diti: {error}", err=True)
+        raise typer.Exit(130) from error
     except KeyboardInterrupt:
         remedy = "; run the same command again to go on" if goes_on else ""
         typer.echo(f"diti: interrupted{remedy}", err=True)

@@ -60,6 +60,16 @@ def train(
         str | None,
         typer.Option(help="Start from these weights: a published .pt file, or a run's folder."),
     ] = None,
+    from_step: Annotated[
+        int | None,
+        typer.Option(min=0, help="Go back to this checkpoint; later ones are set aside."),
+    ] = None,
+    allow_change: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY", help="A setting, or a section, that may differ from the checkpoint's."
+        ),
+    ] = None,
     local_dir: LocalDir = Path("runs/local"),
 ) -> None:
     """Train on this machine, or on the Ray cluster at RAY_ADDRESS. Run it again to resume.
@@ -75,7 +85,7 @@ def train(
         if checkpoint is not None:
             changes.append(f"task.start_from={json.dumps(absolute(checkpoint))}")
         config = load_run(run_file, tuple(changes))
-        manifest = launch(config, local_dir)
+        manifest = launch(config, local_dir, from_step, tuple(allow_change or ()))
         typer.echo(f"{run_url(config)}: {manifest.images} images, {manifest.name} complete")
 
 
@@ -154,7 +164,12 @@ def report(
         typer.echo(f"report: {out.resolve()}")
 
 
-def launch(config: Any, local_dir: Path) -> Any:
+def launch(
+    config: Any,
+    local_dir: Path,
+    from_step: int | None = None,
+    allow_change: tuple[str, ...] = (),
+) -> Any:
     from cluster.launch import launch_training
     from tools.progress import say_start, training_bar
 
@@ -162,6 +177,8 @@ def launch(config: Any, local_dir: Path) -> Any:
         return launch_training(
             config,
             local_dir=local_dir.resolve() / config.name,
+            from_step=from_step,
+            allow_change=allow_change,
             on_start=say_start,
             on_progress=show_progress,
         )

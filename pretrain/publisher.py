@@ -1,0 +1,270 @@
+"""The commit protocol: how a checkpoint comes to exist, beside the training that goes on.
+
+Every rank writes its files below a prefix of this attempt, from a thread of its own, and then a
+listing of them. Rank 0 waits for all listings, compares them with what the store has, and writes
+COMPLETE.json last. Nothing here communicates but through the store, so no collective runs beside
+those of training. Only one checkpoint is on its way at a time.
+
+Who publishes is fenced: an attempt writes its name into the run's folder when it starts, and looks
+again before each manifest. So the workers of an earlier attempt that still run somewhere, cut off
+from the cluster, cannot publish behind the back of those that replaced them.
+"""
+
+import hashlib
+import json
+import logging
+import threading
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from data_pipelines.object_store import ObjectMissingError, ObjectStore, StoreError, join
+from pretrain.checkpoint import (
+    HISTORY_NAME,
+    MANIFEST_NAME,
+    CheckpointError,
+    Manifest,
+    checkpoints_url,
+    complete_steps,
+    read_manifest,
+    to_json,
+)
+from pretrain.pieces import KINDS
+from pretrain.world import World, from_first_rank
+
+File = tuple[str, Callable[[], bytes]]
+"""Name below the parts, and what makes its content."""
+_ATTEMPT_NAME = "attempt.json"
+_POLL_SECONDS = 0.2
+_LINGER_SECONDS = 10.0
+_log = logging.getLogger(__name__)
+
+
+class SupersededError(RuntimeError):
+    """Another attempt of the same run has started; this one must not publish any more."""
+
+
+class Publisher:
+    """Publishes a run's checkpoints, one at a time. Made on every rank; see each method.
+
+    Args:
+        deadline_seconds: after which a checkpoint whose parts have not arrived is given up.
+        kept_steps: from the steps of complete checkpoints to those that are kept whole.
+    """
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        run_url: str,
+        world: World,
+        *,
+        deadline_seconds: float,
+        kept_steps: Callable[[Sequence[int]], set[int]],
+    ) -> None:
+        self._store, self._run_url, self._world = store, run_url, world
+        self._deadline_seconds, self._kept_steps = deadline_seconds, kept_steps
+        self._thread: threading.Thread | None = None
+        self._outcome: Manifest | Exception | None = None
+        self._attempt = str(from_first_rank(uuid.uuid4().hex))
+        if world.is_first:
+            store.write(self._attempt_url, to_json({"attempt": self._attempt}))
+
+    @property
+    def _attempt_url(self) -> str:
+        return join(checkpoints_url(self._run_url), _ATTEMPT_NAME)
+
+    def start(self, manifest: Manifest, files: Iterable[File]) -> None:
+        """Begin to publish; returns at once. Call it on every rank, after `settle`.
+
+        Args:
+            manifest: without files and parts.
+            files: this rank's; each is made when its turn comes, and forgotten.
+        """
+        assert self._thread is None, "the one before must be settled first"
+        parts = f"parts-{self._attempt[:8]}-{manifest.step}"
+        self._outcome = None
+        self._thread = threading.Thread(
+            target=self._work, args=(replace(manifest, parts=parts), list(files)), name="publish"
+        )
+        self._thread.daemon = True
+        self._thread.start()
+
+    def settle(self, *, wait: bool) -> Manifest | Exception | None:
+        """Collective: what became of the checkpoint that was started last.
+
+        Returns:
+            Its manifest once it is complete, or why it is not; None while it is on its way (only
+            without `wait`), and when there is none. The same on every rank, and only once.
+        """
+        if self._thread is None:
+            return None
+        if wait:
+            self._thread.join()
+        outcome = from_first_rank(None if self._thread.is_alive() else self._outcome)
+        if outcome is None:
+            return None
+        self._thread.join()  # other ranks' uploads: they end by the store's deadline
+        self._thread = None
+        assert isinstance(outcome, Manifest | Exception)
+        return outcome
+
+    def linger(self) -> None:
+        """Wait a moment for this rank's part of what is on its way; not collective."""
+        if self._thread is not None:
+            self._thread.join(_LINGER_SECONDS)
+
+    # --- in the thread --------------------------------------------------------------------------
+
+    def _work(self, manifest: Manifest, files: list[File]) -> None:
+        try:
+            until = time.monotonic() + self._deadline_seconds
+            self._upload(manifest, files)
+            if self._world.is_first:
+                manifest = replace(manifest, files=self._everything(manifest, until))
+                self._commit(manifest)
+                self._outcome = manifest
+                self._thin_out()
+        except Exception as error:  # noqa: BLE001 (handed to the training thread by `settle`)
+            if self._outcome is None:
+                self._outcome = _plain(error)
+            else:
+                _log.warning("old checkpoints could not be thinned out: %s", error)
+
+    def _upload(self, manifest: Manifest, files: list[File]) -> None:
+        where = self._parts(manifest)
+        listing = {}
+        while files:
+            name, make = files.pop(0)
+            content = make()
+            del make  # and with it the tensors that it holds
+            self._store.write(join(where, name), content)
+            listing[name] = len(content), hashlib.sha256(content).hexdigest()
+        self._store.write(join(where, _listing_name(self._world.rank)), to_json(listing))
+
+    def _everything(self, manifest: Manifest, until: float) -> dict[str, tuple[int, str]]:
+        """Every rank's files, once they are in the store as they were sent."""
+        where = self._parts(manifest)
+        wanted = {join(where, _listing_name(rank)) for rank in range(self._world.size)}
+        while wanted - (there := {i.url: i.size_bytes for i in self._store.list(where)}).keys():
+            if time.monotonic() > until:
+                late = sorted(url.rpartition("/")[2] for url in wanted - there.keys())
+                raise CheckpointError(
+                    f"{manifest.name} is not published: {', '.join(late)} had not arrived below "
+                    f"{where} after {self._deadline_seconds:g} s (train.publish_deadline_seconds)"
+                )
+            time.sleep(_POLL_SECONDS)
+        files: dict[str, tuple[int, str]] = {}
+        for url in sorted(wanted):
+            listing = json.loads(self._store.read(url))
+            files |= {name: (int(size), str(digest)) for name, (size, digest) in listing.items()}
+        for name, (size, _) in files.items():
+            if there.get(join(where, name)) != size:
+                raise CheckpointError(
+                    f"{manifest.name} is not published: {join(where, name)} has "
+                    f"{there.get(join(where, name), 'no')} bytes in the store, {size} were sent"
+                )
+        return files
+
+    def _commit(self, manifest: Manifest) -> None:
+        if self.current_attempt() != self._attempt:
+            raise SupersededError(
+                f"another attempt of the run at {self._run_url} has started: {manifest.name} of "
+                f"this one is not published"
+            )
+        folder = join(checkpoints_url(self._run_url), manifest.name)
+        self._store.write(join(folder, MANIFEST_NAME), to_json(manifest))
+        latest = join(checkpoints_url(self._run_url), "latest.json")
+        self._store.write(latest, to_json({"name": manifest.name}))
+
+    def current_attempt(self) -> str | None:
+        """Who may publish, as the store says."""
+        try:
+            return json.loads(self._store.read(self._attempt_url))["attempt"]
+        except ObjectMissingError:
+            return None
+
+    def _parts(self, manifest: Manifest) -> str:
+        return join(checkpoints_url(self._run_url), manifest.name, manifest.parts)
+
+    # --- what is not kept -----------------------------------------------------------------------
+
+    def _thin_out(self) -> None:
+        """Of complete checkpoints that are not kept, leave the lineage only."""
+        steps = complete_steps(self._store, self._run_url)
+        for step in sorted(set(steps) - self._kept_steps(steps)):
+            manifest = read_manifest(self._store, self._run_url, step)
+            folder = join(checkpoints_url(self._run_url), manifest.name)
+            self._store.write(join(folder, HISTORY_NAME), to_json(manifest))
+            self._store.delete(join(folder, MANIFEST_NAME))
+            for kind in KINDS:
+                self._store.delete_prefix(join(self._parts(manifest), kind))
+
+
+def collect_orphans(store: ObjectStore, run_url: str) -> int:
+    """Remove what belongs to no checkpoint: parts of attempts that did not get to their manifest,
+    and the state in those that only have a history. Returns the number of objects.
+
+    Call it while nothing of the run is being published.
+    """
+    of_step: dict[str, list[str]] = defaultdict(list)
+    base = checkpoints_url(run_url)
+    for info in store.list(base):
+        name, mark, below = info.url.removeprefix(base + "/").partition("/")
+        if mark and name.startswith("step-"):
+            of_step[name].append(below)
+    removed = 0
+    for name, entries in of_step.items():
+        manifests = [entry for entry in entries if "/" not in entry and entry.endswith(".json")]
+        parts = {entry: _named_by(store, join(base, name, entry)) for entry in manifests}
+        for below in _orphans(entries, parts):
+            store.delete(join(base, name, below))
+            removed += 1
+    return removed
+
+
+def _orphans(entries: Sequence[str], parts_of: Mapping[str, str]) -> list[str]:
+    """Of a step's objects those that no manifest needs; `parts_of`: the parts that each names."""
+    whole = {parts for entry, parts in parts_of.items() if entry != HISTORY_NAME}
+    orphans = []
+    for entry in entries:
+        parts, mark, below = entry.partition("/")
+        is_state = below.partition("/")[0] in KINDS
+        if mark and parts not in (whole if is_state else parts_of.values()):
+            orphans.append(entry)
+    return orphans
+
+
+def _named_by(store: ObjectStore, url: str) -> str:
+    """The parts that a manifest names."""
+    try:
+        return str(json.loads(store.read(url))["parts"])
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(
+            f"{url} cannot be read, so nobody knows which parts it names; nothing is removed. "
+            f"Delete it to give that checkpoint up."
+        ) from None
+
+
+def kept_steps(
+    steps: Sequence[int], *, keep_last: int | None, keep_every_steps: int | None
+) -> set[int]:
+    """Which complete checkpoints stay whole: the newest, every so many, and always step 0."""
+    if keep_last is None:
+        return set(steps)
+    kept = set(steps[-keep_last:]) | {0}
+    if keep_every_steps is not None:
+        kept |= {step for step in steps if step % keep_every_steps == 0}
+    return kept & set(steps)
+
+
+def _listing_name(rank: int) -> str:
+    return f"files-{rank:05d}.json"
+
+
+def _plain(error: Exception) -> Exception:
+    """The error as it can be sent to other ranks."""
+    if isinstance(error, CheckpointError | StoreError | SupersededError):
+        return type(error)(str(error))
+    return CheckpointError(f"publishing failed: {type(error).__name__}: {error}")

@@ -1,0 +1,141 @@
+"""Whether a run may go on from a checkpoint: which settings may differ, and which must not."""
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from configs.schema import RunConfig
+from pretrain.checkpoint import CheckpointError, Manifest, run_of
+
+MAY_CHANGE = (
+    "output",
+    "cluster",
+    "data.cache",
+    "data.decode_threads",
+    "data.prefetch_batches",
+    "data.shards",
+    "data.sources.*.shards",
+    "engine.attention",
+    "engine.offload_optimizer",
+    "engine.zero_stage",
+    "optimizer.decay_images",
+    "store",
+    "task.backbone.weights",
+    "train.total_images",
+    "train.max_micro_batch",
+    "train.checkpoint_every_images",
+    "train.keep_every_images",
+    "train.keep_last",
+    "train.log_every_steps",
+    "train.publish_deadline_seconds",
+    "wandb",
+)
+"""Settings that may differ on resume; what they point to is compared by digest where it matters."""
+MAY_BE_ALLOWED = (
+    "data.crop",
+    "data.error_budget",
+    "data.horizontal_flip",
+    "engine.precision",
+    "optimizer",
+    "task.mode",
+    "task.min_snr_cap",
+    "task.snr_gamma",
+    "task.start_from",
+    "task.timesteps",
+    "task.weight",
+    "train.ema_decay",
+)
+"""Settings that change what is learnt, but neither tensors nor the order of samples: they may
+differ where the user says so, one by one. All others make it another run."""
+
+
+def check_resumable(
+    manifest: Manifest,
+    config: RunConfig,
+    *,
+    index_digest: str,
+    backbone_sha256: str | None,
+    backbone_card_sha256: str | None = None,
+    allow_change: Sequence[str] = (),
+) -> None:
+    """Refuse to go on from a checkpoint of another run.
+
+    Args:
+        allow_change: settings out of MAY_BE_ALLOWED that are meant to differ.
+
+    Raises:
+        CheckpointError: listing every setting that differs and both its values, or those that the
+            checkpoint has and this version does not know.
+        ValueError: `allow_change` names what may not be allowed.
+    """
+    check_allowed(allow_change)
+    card_then = manifest.backbone_card_sha256 or backbone_card_sha256
+    settings = {
+        key: text
+        for key, text in _differences(manifest, config).items()
+        if not _is_one_of(key, (*MAY_CHANGE, *allow_change))
+    }
+    different = [
+        *settings.values(),
+        *_different("shard index", manifest.index_digest, index_digest),
+        *_different("backbone", manifest.backbone_sha256, backbone_sha256),
+        *_different("backbone's card", card_then, backbone_card_sha256),
+    ]
+    if different:
+        allowed = [key for key in settings if _is_one_of(key, MAY_BE_ALLOWED)]
+        also = (
+            f"say that it is meant ({_flags(allowed)}), " if len(allowed) == len(different) else ""
+        )
+        raise CheckpointError(
+            f"run {config.name!r} has a checkpoint at step {manifest.step} made with other "
+            f"settings: {'; '.join(sorted(different))}. Restore them, {also}give the run another "
+            f"name, or delete its folder{' (it is not trained yet)' if manifest.step == 0 else ''}."
+        )
+
+
+def check_allowed(allow_change: Sequence[str]) -> None:
+    """Raises ValueError for a setting that `--allow-change` cannot allow."""
+    for key in allow_change:
+        if not _is_one_of(key, MAY_BE_ALLOWED):
+            raise ValueError(
+                f"--allow-change {key}: a run with another value is another run, or it may change "
+                f"anyway. What can be allowed: {', '.join(MAY_BE_ALLOWED)}"
+            )
+
+
+def changed_settings(manifest: Manifest, config: RunConfig) -> list[str]:
+    """Settings that are no longer what they were, each with both its values."""
+    return list(_differences(manifest, config).values())
+
+
+def _flags(keys: Sequence[str]) -> str:
+    return " ".join(f"--allow-change {key}" for key in keys)
+
+
+def _differences(manifest: Manifest, config: RunConfig) -> dict[str, str]:
+    """By setting, what it was and what it is."""
+    before = _flat(run_of(manifest).model_dump(mode="json"))  # with defaults of newer settings
+    now = _flat(config.model_dump(mode="json"))
+    return {
+        key: text
+        for key in sorted(before.keys() | now.keys())
+        for text in _different(key, before.get(key), now.get(key))
+    }
+
+
+def _different(what: str, before: Any, now: Any) -> list[str]:
+    return [] if before == now else [f"{what} was {before!r}, is {now!r}"]
+
+
+def _is_one_of(key: str, names: Sequence[str]) -> bool:
+    return any(fnmatchcase(key, name) or fnmatchcase(key, f"{name}.*") for name in names)
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{'a': {'b': 1}} -> {'a.b': 1}."""
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= (
+            _flat(inner, f"{prefix}{key}.") if isinstance(inner, Mapping) else {prefix + key: inner}
+        )
+    return flat

@@ -1,0 +1,63 @@
+"""A run goes on at another world size, another ZeRO stage, or with the optimizer offloaded."""
+
+from pathlib import Path
+
+import pytest
+
+from configs.schema import RunConfig
+from data_pipelines.object_store import ObjectStore
+from pretrain import checkpoint
+from pretrain.preflight import run_url
+from pretrain.train import run
+from tests.ranks import run_on_ranks
+from tests.tiny_run import make_run
+
+STORE = ObjectStore()
+STEPS = (
+    "train.global_batch=8",
+    "train.total_images=72",
+    "train.checkpoint_every_images=400",
+    "train.max_micro_batch=2",
+)
+pytestmark = [pytest.mark.usefixtures("world"), pytest.mark.timeout(600)]
+
+
+def at(config: RunConfig, workers: int, zero_stage: int, *, offload: bool = False) -> RunConfig:
+    engine = {"zero_stage": zero_stage, "offload_optimizer": offload}
+    return config.model_copy(
+        update={
+            "cluster": config.cluster.model_copy(update={"num_workers": workers}),
+            "engine": config.engine.model_copy(update=engine),
+        }
+    )
+
+
+def losses(config: RunConfig) -> list[float]:
+    manifest = checkpoint.find(STORE, run_url(config), None)
+    lines = checkpoint.read_metrics(STORE, run_url(config), manifest)
+    assert [line["step"] for line in lines] == list(range(1, 10))
+    return [line["loss"] for line in lines]
+
+
+def test_a_run_that_moves_between_world_sizes_and_stages_follows_the_undisturbed_curve(
+    tmp_path: Path,
+) -> None:
+    moved = make_run(STORE, str(tmp_path), *STEPS, "name=moved")
+    run_on_ranks(at(moved, 2, 2), tmp_path, stop_at=3)
+    assert checkpoint.complete_steps(STORE, run_url(moved)) == [0, 3]
+    run_on_ranks(at(moved, 1, 3), tmp_path, stop_at=5)
+    run_on_ranks(at(moved, 4, 1), tmp_path, stop_at=7)
+    run_on_ranks(at(moved, 2, 2, offload=True), tmp_path)
+    manifest = checkpoint.find(STORE, run_url(moved), None)
+    line = checkpoint.lineage(STORE, run_url(moved), manifest)
+    assert [(each.step, each.world_size) for each in line] == [
+        (0, 2), (3, 2), (5, 1), (7, 4), (9, 2)
+    ]  # fmt: skip
+
+    alone = make_run(STORE, str(tmp_path), *STEPS, "name=alone", "cluster.num_workers=1")
+    run(alone, local_dir=tmp_path)
+    assert losses(moved) == pytest.approx(losses(alone), rel=1e-5)
+    positions = [
+        position for position, _ in checkpoint.read_samples(STORE, run_url(moved), manifest)
+    ]
+    assert positions == list(range(72))
