@@ -24,9 +24,23 @@ from cluster.coordinator import Work, start_coordinator
 from cluster.leases import QueueState
 from cluster.session import last_line, ray_session, result_of
 from cluster.work import run_workers, work_off
-from data_pipelines.feature_part import FeatureColumn, PartInfo, encode_part, part_moments
+from data_pipelines.feature_part import (
+    FeatureColumn,
+    FeatureMismatchError,
+    PartInfo,
+    encode_part,
+    part_moments,
+)
 from data_pipelines.feature_store import FeatureManifest, part_name, publish_manifest
-from data_pipelines.object_store import AlreadyExistsError, ObjectStore, StoreError, absolute, join
+from data_pipelines.object_store import (
+    AlreadyExistsError,
+    BucketMissingError,
+    ObjectMissingError,
+    ObjectStore,
+    StoreError,
+    absolute,
+    join,
+)
 from data_pipelines.sample_reader import read_shard
 from data_pipelines.sample_stream import decode_sample
 from data_pipelines.shard_index import Shard, ShardIndex, read_index, verify_listing
@@ -75,11 +89,12 @@ def export_features(
     load, trained = _choose_encoder(store, run_url, step, checkpoint_url, config, ema=ema)
     index = read_index(store, shards_url)
     verify_listing(store, index)
-    _declare_intent(store, out_url, trained, index)
+    _check_intent(store, out_url, trained, index)
     source = shards_url.rstrip("/").rsplit("/", 1)[-1]
     stems = tuple(shard.name.removesuffix(".tar") for shard in index.shards)
     work = Work(stems, join(out_url, source), ".parquet")
     with ray_session(num_cpus=num_workers):
+        _declare_intent(store, out_url, trained, index)
         name = f"export-{uuid.uuid4().hex[:8]}"
         coordinator = start_coordinator(name, store, (shards_url,), work)
         workers = [_start_worker(store, load, trained.sha256, work) for _ in range(num_workers)]
@@ -220,38 +235,65 @@ def _declare_intent(
     store: ObjectStore, out_url: str, trained: TrainedEncoder, index: ShardIndex
 ) -> None:
     """Claim `out_url` for this encoder and shard set, or find that it already is ours."""
-    intent = {"encoder_sha256": trained.sha256, "index_digest": index.digest}
-    where = join(out_url, INTENT_NAME)
+    intent = _intent(trained, index) | {"checkpoint": trained.checkpoint}
     try:
-        store.write(where, json.dumps(intent).encode(), only_if_absent=True)
+        data = json.dumps(intent).encode()
+        store.write(join(out_url, INTENT_NAME), data, only_if_absent=True)
     except AlreadyExistsError:
-        try:
-            found = dict(json.loads(store.read(where)).items())
-        except (ValueError, AttributeError) as error:
-            raise ValueError(
-                f"{where} is damaged ({error}), so nobody knows whose features {out_url} holds; "
-                f"delete that folder, or export into another one"
-            ) from error
-        if found != intent:
-            which = " and ".join(
-                what for key, what in _INTENT_SAYS.items() if found.get(key) != intent[key]
-            )
-            raise ValueError(
-                f"{out_url} holds features of another {which}; export into another folder, or "
-                f"delete that one"
-            ) from None
+        _check_intent(store, out_url, trained, index)
+
+
+def _check_intent(
+    store: ObjectStore, out_url: str, trained: TrainedEncoder, index: ShardIndex
+) -> None:
+    """Raises ValueError where `out_url` is claimed for another encoder or shard set."""
+    where, intent = join(out_url, INTENT_NAME), _intent(trained, index)
+    try:
+        found = dict(json.loads(store.read(where)).items())
+    except BucketMissingError:
+        raise
+    except ObjectMissingError:
+        return
+    except (ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{where} is damaged ({error}), so nobody knows whose features {out_url} holds; "
+            f"delete that folder, or export into another one"
+        ) from error
+    which = " and ".join(
+        what for key, what in _INTENT_SAYS.items() if found.get(key) != intent[key]
+    )
+    if which:
+        raise ValueError(
+            f"{out_url} holds features of another {which} ({found.get('checkpoint', 'unknown')}; "
+            f"this is {trained.checkpoint}). Export into another folder, delete that one, or "
+            f"choose that checkpoint with --step"
+        )
+
+
+def _intent(trained: TrainedEncoder, index: ShardIndex) -> dict[str, str]:
+    return {"encoder_sha256": trained.sha256, "index_digest": index.digest}
 
 
 def _summarise(
     store: ObjectStore, trained: TrainedEncoder, index: ShardIndex, out_url: str, source: str
 ) -> FeatureManifest:
-    parts, count = {}, 0
+    columns, parts, count = feature_columns(trained), {}, 0
     total = np.zeros(trained.partition.latent_dim)
     squares = np.zeros(trained.partition.latent_dim)
     for shard in index.shards:
         name = part_name(source, shard.name.removesuffix(".tar"))
-        data = store.read(join(out_url, name))
-        moments = part_moments(data)
+        where = join(out_url, name)
+        data = store.read(where)
+        try:
+            moments = part_moments(data, columns, shard=shard.name, where=where)
+            if moments.count != shard.num_samples:
+                raise FeatureMismatchError(
+                    f"{where} has {moments.count} rows, {shard.name} has {shard.num_samples}"
+                )
+        except FeatureMismatchError as error:
+            raise ExportFailedError(
+                f"{error}; delete it, and run the same command again to make it anew"
+            ) from error
         parts[name] = PartInfo(moments.count, len(data), hashlib.sha256(data).hexdigest())
         count += moments.count
         total += moments.sum
@@ -259,7 +301,7 @@ def _summarise(
     mean = total / count
     variance = np.maximum(squares / count - mean**2, 0)
     return FeatureManifest(
-        columns=feature_columns(trained),
+        columns=columns,
         dtype="float16",
         encoder_sha256=trained.sha256,
         checkpoint=trained.checkpoint,

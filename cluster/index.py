@@ -9,8 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-import pyarrow as pa
-
 from cluster.leases import QueueState
 from cluster.on_tars import mapped, on_every_tar
 from data_pipelines.decoding import DecodeError
@@ -92,6 +90,7 @@ def verify_set(
     Raises:
         TarWorkFailedError: the store or Ray failed.
     """
+    index = index.moved(absolute)
     listing = store.list(index.url)
     changed = changed_shards(store, index, listing)
     problems = _without_members(index, listing)
@@ -154,7 +153,7 @@ def _known_line(store: ObjectStore, url: str, name: str, info: ObjectInfo) -> In
     try:
         data = store.read(join(url, members_name(name)))
         shard, interleaved = shard_of_members(url, data)
-    except (ObjectMissingError, pa.ArrowException, KeyError, ValueError):
+    except (ObjectMissingError, ShardMismatchError):
         return None
     same = (shard.name, shard.size_bytes, shard.etag) == (name, info.size_bytes, info.etag)
     return Indexed(shard, interleaved) if same else None

@@ -67,7 +67,16 @@ def _start(num_cpus: int) -> None:
         {} if "RAY_ADDRESS" in os.environ else {"num_cpus": num_cpus, "include_dashboard": False}
     )
     with interrupts_raised(signal.SIGTERM):
-        ray.init(**local, log_to_driver=False, logging_level=logging.WARNING)
+        try:
+            ray.init(**local, log_to_driver=False, logging_level=logging.WARNING)
+        except (ValueError, RayError):
+            raise
+        except Exception as error:
+            ray.shutdown()
+            raise ClusterError(
+                f"Ray did not start: {last_line(error)}. Is this machine overloaded, or the "
+                f"cluster at RAY_ADDRESS not reachable? Run the same command again."
+            ) from error
 
 
 def _check_gpus(num_gpus: int) -> None:

@@ -5,7 +5,7 @@ from functools import partial
 
 from cluster.leases import QueueState
 from cluster.on_tars import mapped, on_every_tar
-from data_pipelines.object_store import ObjectStore
+from data_pipelines.object_store import ObjectStore, absolute
 from data_pipelines.sample_reader import member_sample
 from data_pipelines.set_stats import SetStats
 from data_pipelines.shard_index import Shard, ShardIndex, read_members
@@ -23,6 +23,7 @@ def count_set(
     Raises:
         TarWorkFailedError: a tar is not the one that was indexed, or the store or Ray failed.
     """
+    index = index.moved(absolute)
     shards = {shard.name: shard for shard in index.shards}
     task = partial(_count_one, shards)
     found = on_every_tar(store, index.url, list(shards), num_workers, task, on_progress)

@@ -140,7 +140,7 @@ def digest(config: RunConfig) -> str:
 def _parse_mapping(text: str, source: str) -> dict[str, Any]:
     try:
         data = yaml.load(text, Loader=_Yaml12Loader)  # noqa: S506 (a SafeLoader subclass)
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, KeyError) as error:
         raise ConfigError(source, [f"is not YAML: {' '.join(str(error).split())}"]) from error
     if not isinstance(data, dict):
         raise ConfigError(source, [f"must be a mapping of sections, got {type(data).__name__}"])
@@ -155,7 +155,7 @@ def _apply_override(data: dict[str, Any], item: str) -> str | None:
         return f"override {item!r} must look like key.path=value"
     try:
         value = yaml.load(text, Loader=_Yaml12Loader)  # noqa: S506
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, KeyError) as error:
         return f"override {item!r} has a value that is not YAML: {' '.join(str(error).split())}"
     section = data
     for depth, key in enumerate(keys[:-1], start=1):
@@ -211,6 +211,8 @@ def _nearest(location: tuple[int | str, ...]) -> str:
 def _required_below(location: tuple[int | str, ...]) -> list[str]:
     """Dotted paths of what a missing value, or a missing section, cannot do without."""
     dotted = ".".join(str(part) for part in _without_tags(location))
+    if isinstance(location[-1], int):  # of a list that is too short
+        return [dotted]
     [parent] = _sections_at(RunConfig, location[:-1])
     match _sections_in(parent.model_fields[str(location[-1])].annotation):
         case [section]:

@@ -56,6 +56,13 @@ Name = Annotated[
         "because it names a folder",
     ),
 ]
+SourceName = Annotated[
+    str,
+    _matching(
+        r"[A-Za-z0-9_-]+",
+        "must be letters, digits, dashes and underscores, because it stands in settings' paths",
+    ),
+]
 Sha256 = Annotated[
     str,
     _matching(
@@ -109,7 +116,7 @@ class SourceConfig(Section):
     """One of several shard sets that are trained on together."""
 
     shards: Url
-    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    weight: Annotated[float, Field(ge=1e-6, le=1e6, allow_inf_nan=False)] = 1.0
     """Its share of every batch, in proportion to the other sources' weights."""
 
 
@@ -126,7 +133,7 @@ class DataConfig(Section):
 
     shards: Url | None = None
     """Folder of WebDataset tars with their index (s3://bucket/prefix or a local path)."""
-    sources: dict[str, SourceConfig] = {}
+    sources: dict[SourceName, SourceConfig] = {}
     """Instead of `shards`: several such folders by names of your choice, mixed by weight."""
     image_size_px: PositiveInt
     """Side of the square the encoder and the backbone see; images are resized to it."""
@@ -153,7 +160,7 @@ class DataConfig(Section):
         if (self.shards is None) == (not self.sources):
             raise ValueError(
                 "give either shards (one folder) or sources (several: "
-                "{NAME: {shards: URL, weight: 1}, ...})"
+                "{NAME: {shards: URL, weight: 1}, ...}, with shards: null)"
             )
         return self
 

@@ -7,7 +7,7 @@ and every resumed run, puts the same sample there. A store that does not answer 
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 from data_pipelines.decoding import DecodeError
@@ -27,10 +27,6 @@ DEAD_LETTERS = "dead-letters"
 """Folder of a run that holds them, an object per rank and checkpoint."""
 
 
-class TooManyBadSamplesError(RuntimeError):
-    """More samples had to be replaced than `data.error_budget` allows."""
-
-
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
     """A sample that could not be used: where, and why."""
@@ -46,6 +42,18 @@ class DeadLetter:
     """Bytes [start, end) of the tar hold the members that were wanted."""
     cause: str
     reason: str
+
+
+class TooManyBadSamplesError(RuntimeError):
+    """More samples had to be replaced than `data.error_budget` allows.
+
+    Args:
+        letters: of samples that are in no batch, because there is none for them.
+    """
+
+    def __init__(self, message: str, letters: Sequence[DeadLetter] = ()) -> None:
+        super().__init__(message)
+        self.letters = tuple(letters)
 
 
 def cause_of(error: Exception) -> str:

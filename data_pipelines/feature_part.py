@@ -130,16 +130,26 @@ def encode_part(
     return sink.getvalue()
 
 
-def part_moments(data: bytes) -> PartMoments:
+def part_moments(
+    data: bytes, columns: tuple[FeatureColumn, ...], *, shard: str, where: str
+) -> PartMoments:
     """Sums per dimension of a whole part, in float64.
 
+    Args:
+        shard: whose part it must be, in order of row.
+        where: its URL, for errors.
+
     Raises:
-        FeatureMismatchError: these bytes are not a part, or a page's checksum fails.
+        FeatureMismatchError: these bytes are not that part, or a page's checksum fails.
     """
-    where = f"a feature part of {len(data)} bytes"
-    table = _decode(_open_parquet(io.BytesIO(data), where), None, where)
-    names = [name for name in table.column_names if name.startswith("z")]
-    blocks = [matrix(table[name]).astype(np.float64) for name in names]
+    parquet = _open_parquet(io.BytesIO(data), where)
+    if not parquet.schema_arrow.equals(_schema(columns)):
+        raise FeatureMismatchError(f"{where} has other columns or types than this export writes")
+    table = _decode(parquet, None, where)
+    shards = set(table["shard"].unique().to_pylist())
+    if not shards <= {shard} or (np.diff(table["row"].to_numpy()) <= 0).any():
+        raise FeatureMismatchError(f"{where} does not hold rows of {shard} alone, in order")
+    blocks = [matrix(table[column.name]).astype(np.float64) for column in columns]
     return PartMoments(
         table.num_rows,
         np.concatenate([block.sum(axis=0) for block in blocks]),

@@ -1,7 +1,8 @@
 """Byte ranges of shards on a local disk, so that later epochs need not fetch them again.
 
-An entry is named by what its bytes are (the tar's SHA-256 from the index, and the range), so a
-replaced shard is never answered from here. Entries appear whole by a rename and end with a CRC-32;
+An entry is named by what its bytes are (the tar's SHA-256 from the index, and the range), and kept
+only after they were found to be those that were indexed, so neither a replaced shard nor a damaged
+one is answered from here. Entries appear whole by a rename and end with a CRC-32;
 one that is damaged is removed and fetched again. Several processes may share a folder: nothing is
 locked, and an entry that another process removes while it is read stays readable. The least
 recently used go when the folder has grown beyond its limit. A disk that fails makes it slower, not
@@ -48,12 +49,19 @@ class RangeCache:
         self._unchecked = limit_bytes  # what lies there already is looked at with the first write
         self._warned = False
 
-    def read(self, name: str, fetch: Callable[[], bytes]) -> bytes:
-        """The entry `name`; from `fetch`, and then kept, where there is none."""
+    def read(
+        self,
+        name: str,
+        size_bytes: int,
+        fetch: Callable[[], bytes],
+        is_sound: Callable[[bytes], bool],
+    ) -> bytes:
+        """The entry `name` of this size; from `fetch` where there is none, and then kept if it is
+        sound."""
         path = self.folder / name[:2] / name
         try:
             content = path.read_bytes()
-            if _is_whole(content):
+            if len(content) == size_bytes + _CRC_BYTES and _is_whole(content):
                 os.utime(path)  # used just now
                 return content[:-_CRC_BYTES]
             path.unlink(missing_ok=True)
@@ -62,10 +70,11 @@ class RangeCache:
         except OSError as error:
             self._warn(error)
         content = fetch()
-        try:
-            self._keep(path, content)
-        except OSError as error:
-            self._warn(error)
+        if is_sound(content):
+            try:
+                self._keep(path, content)
+            except OSError as error:
+                self._warn(error)
         return content
 
     def _keep(self, path: Path, content: bytes) -> None:
@@ -116,4 +125,4 @@ class RangeCache:
 
 def _is_whole(content: bytes) -> bool:
     checksum = int.from_bytes(content[-_CRC_BYTES:], "little")
-    return len(content) >= _CRC_BYTES and zlib.crc32(content[:-_CRC_BYTES]) == checksum
+    return zlib.crc32(content[:-_CRC_BYTES]) == checksum

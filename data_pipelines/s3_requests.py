@@ -40,7 +40,8 @@ T = TypeVar("T")
 _FIRST_PAUSE_SECONDS = 0.1
 _MAX_PAUSE_SECONDS = 5.0
 _SETUP_SECONDS = 60.0
-_SLOWEST_BYTES_PER_SECOND = 2**19
+_SLOWEST_SENDING = 2**19  # bytes a second
+_SLOWEST_FETCHING = 2**16
 _REFUSAL_CODES = {"ExpiredToken", "InvalidToken", "TokenRefreshRequired"}  # AWS: with status 400
 _RETRIED_CODES = {"SlowDown", "RequestTimeout", "IncompleteBody", "BadDigest"}
 _FAILURES = (OSError, TimeoutError, aiohttp.ClientError, boto.BotoCoreError, ResponseParserError)
@@ -95,7 +96,7 @@ class S3Requests:
         """One S3 API method on `url`; the answer as botocore gives it. Raises StoreError."""
         limit = math.inf
         if "Body" in query:  # the client's timeouts cover waiting for an answer, but not sending
-            sending = len(query["Body"]) / _SLOWEST_BYTES_PER_SECOND
+            sending = len(query["Body"]) / _SLOWEST_SENDING
             limit = self.request_timeout_seconds + sending
         return self._run(url, limit, lambda s3: s3._call_s3(method, **query))
 
@@ -128,7 +129,10 @@ class S3Requests:
                 raise ConnectionError(f"{len(data)} of {expected} bytes arrived")
             return data
 
-        return self._run(url, math.inf, get)
+        limit = math.inf
+        if end is not None:  # the client's timeout is for silence, not for a trickle
+            limit = self.request_timeout_seconds + (end - start) / _SLOWEST_FETCHING
+        return self._run(url, limit, get)
 
     def put_if_absent(self, url: str, data: bytes) -> None:
         """Store a new object; AlreadyExistsError when there is one that this call did not write.

@@ -6,6 +6,7 @@ goes on reading windows that no other rank reads, and the state is still the one
 its lanes a source is read as if it were alone: every sample exactly once per pass of that source.
 """
 
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
@@ -102,10 +103,10 @@ def deal_lanes(weights: Sequence[float], lanes: int) -> list[int]:
     for number in by_rest[: lanes - sum(counts)]:
         counts[number] += 1
     if 0 in counts:
-        least = sum(weights) / min(weights)
+        least = math.ceil(sum(map(Fraction, weights)) / Fraction(min(weights)))
         raise ValueError(
             f"weights {list(weights)} leave a source without any of {lanes} lanes; use at least "
-            f"data.lanes={int(np.ceil(least))}, or raise the smallest weight"
+            f"data.lanes={least}, or raise the smallest weight"
         )
     return counts
 

@@ -21,13 +21,17 @@ from data_pipelines.bad_samples import (
     candidates,
     cause_of,
 )
-from data_pipelines.object_store import ObjectStore
+from data_pipelines.object_store import ObjectStore, ObjectTooShortError
 from data_pipelines.range_cache import RangeCache
 from data_pipelines.sample_mix import Order
 from data_pipelines.shard_index import Shard, ShardIndex, read_members
 from data_pipelines.tar_members import MemberTable, ShardMismatchError, Tar, row_span
 
 FETCH_THREADS = 8
+MAX_WINDOW_BYTES = 256 * 2**20
+"""A window that is longer, because of members in between, is read sample by sample."""
+MAX_MEMBER_BYTES = 128 * 2**20
+"""No image is larger."""
 LOOK_AHEAD_BLOCKS = 4
 LOCATED_BLOCKS = 16
 T = TypeVar("T")
@@ -76,16 +80,37 @@ def read_shard(store: ObjectStore, shard: Shard) -> list[Sample]:
 
 
 def read_sample(
-    store: ObjectStore, url: str, table: MemberTable, row: int, extensions: Sequence[str]
+    store: ObjectStore, url: str, table: MemberTable, row: int, extensions: Sequence[str] | None
 ) -> Sample:
     """One raw sample of the tar at `url`, with those of its members that have these extensions.
+
+    Each member is a request of its own. Bytes that are not those indexed are fetched once more: a
+    transient fault makes no sample bad.
 
     Raises:
         ShardMismatchError, StoreError: it cannot be read, or is not what was indexed.
     """
     wanted = table.those_of(extensions)
-    start, end = row_span(table, row, row + 1, wanted)
-    return member_sample(table, row, url, store.read(url, start, end), start, wanted)
+    try:
+        return _read_members_of(store, url, table, row, wanted)
+    except ShardMismatchError:
+        return _read_members_of(store, url, table, row, wanted)
+
+
+def _read_members_of(
+    store: ObjectStore, url: str, table: MemberTable, row: int, extensions: Sequence[str]
+) -> Sample:
+    sample: Sample = {}
+    for extension in extensions:
+        start, end = row_span(table, row, row + 1, [extension])
+        if end - start > MAX_MEMBER_BYTES:
+            raise ShardMismatchError(
+                f"{url}: member {table.keys[row]}.{extension} has {end - start} bytes, more than "
+                f"the limit of {MAX_MEMBER_BYTES}"
+            )
+        content = store.read(url, start, end) if end else b""
+        sample |= member_sample(table, row, url, content, start, [extension])
+    return sample | {"__span__": row_span(table, row, row + 1, extensions)}
 
 
 class Substitutes:
@@ -124,7 +149,8 @@ class Substitutes:
                 letters = (*letters, _dead_letter(start, another))
         raise TooManyBadSamplesError(
             f"position {position}: its sample and {MAX_CANDIDATES} substitutes cannot be used; the "
-            f"last: {letters[-1].reason}"
+            f"last: {letters[-1].reason}",
+            letters,
         )
 
 
@@ -223,22 +249,34 @@ class PositionedSamples:
 
     def _fetch(self, shard: Shard, window: int, table: Future[MemberTable]) -> tuple[bytes, int]:
         members = table.result()
+        extensions = members.those_of(self._extensions)
         first = window * self._order.window_rows
         last = min(first + self._order.window_rows, shard.num_samples)
-        start, end = row_span(members, first, last, members.those_of(self._extensions))
+        start, end = row_span(members, first, last, extensions)
+        if end - start > MAX_WINDOW_BYTES:
+            return b"", 0
+
+        def fetch() -> bytes:
+            return self._store.read(shard.url, start, end)
+
+        def is_sound(content: bytes) -> bool:
+            try:
+                for row in range(first, last):
+                    member_sample(members, row, shard.url, content, start, extensions)
+            except ShardMismatchError:
+                return False
+            return True
+
         if self._cache is None:
-            return self._store.read(shard.url, start, end), start
+            return fetch(), start
         name = f"{shard.sha256}-{start}-{end}"
-        return self._cache.read(name, lambda: self._store.read(shard.url, start, end)), start
+        return self._cache.read(name, end - start, fetch, is_sound), start
 
     def _collect(self, wanted: list["_Wanted"]) -> Iterator[Sample]:
         for position, shard, row, table, content in wanted:
             start: Sample = {"__position__": position, "__shard__": shard.url, "__row__": row}
             try:
-                window, base = content.result()
-                members = table.result()
-                extensions = members.those_of(self._extensions)
-                read = member_sample(members, row, shard.url, window, base, extensions)
+                read = self._read_one(shard, row, table, content)
             except BAD_SAMPLE_ERRORS as error:
                 if self._replace is None:
                     raise
@@ -247,6 +285,25 @@ class PositionedSamples:
                 yield self._replace(start, error)
             else:
                 yield start | read
+
+    def _read_one(
+        self,
+        shard: Shard,
+        row: int,
+        table: Future[MemberTable],
+        content: Future[tuple[bytes, int]],
+    ) -> Sample:
+        """Out of its window; by itself where that cannot be read, or is not what was indexed:
+        other samples' trouble, or a transient fault, is none of this one's."""
+        members = table.result()
+        extensions = members.those_of(self._extensions)
+        try:
+            window, base = content.result()
+            if window or not extensions:
+                return member_sample(members, row, shard.url, window, base, extensions)
+        except (ShardMismatchError, ObjectTooShortError):
+            pass
+        return read_sample(self._store, shard.url, members, row, extensions)
 
 
 class _Wanted(NamedTuple):

@@ -16,6 +16,10 @@ from data_pipelines.sample_reader import Sample
 from data_pipelines.sample_stream import IMAGE_EXTENSIONS
 
 BINS = 64
+MOST_CHARACTERS = 10_000
+"""Of a caption; a longer one is none."""
+MOST_OF_A_SCORE = 1e6
+"""What lies beyond is no score."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +64,9 @@ class Histogram:
         return self.total / self.count
 
     def add(self, value: float, quantity: Quantity) -> None:
-        share = (value - quantity.low) / (quantity.high - quantity.low)
-        self.counts[min(BINS - 1, max(0, int(share * BINS)))] += 1
+        inside = min(max(value, quantity.low), quantity.high)
+        share = (inside - quantity.low) / (quantity.high - quantity.low)
+        self.counts[min(BINS - 1, int(share * BINS))] += 1
         self.total += value
         self.least, self.most = min(self.least, value), max(self.most, value)
 
@@ -120,18 +125,33 @@ class SetStats:
         if described is None:
             self.problems["json cannot be read"] += 1
             described = {}
-        caption = contents["txt"].decode(errors="replace") if "txt" in contents else None
-        caption = caption or described.get("caption")
-        if isinstance(caption, str):
+        caption = self._caption(contents, described)
+        if caption is not None:
             yield "caption", len(caption)
         for name, quantity in QUANTITIES.items():
             for key in quantity.keys:
                 value = described.get(key)
                 if isinstance(value, bool):
                     continue
-                if isinstance(value, int | float) and math.isfinite(value):
+                if isinstance(value, int | float) and abs(value) <= MOST_OF_A_SCORE:
                     yield name, value
                     break
+
+    def _caption(self, contents: dict[str, bytes], described: dict[str, object]) -> str | None:
+        """Of the sample's text, or else of its json; absurd ones are problems."""
+        text: object = described.get("caption")
+        if contents.get("txt"):
+            try:
+                text = contents["txt"].decode()
+            except UnicodeDecodeError:
+                self.problems["caption is no UTF-8"] += 1
+                return None
+        if not isinstance(text, str):
+            return None
+        if len(text) > MOST_CHARACTERS:
+            self.problems[f"caption of more than {MOST_CHARACTERS} characters"] += 1
+            return None
+        return text
 
 
 def _size_of(image: bytes) -> tuple[int, int] | None:

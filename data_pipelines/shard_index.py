@@ -11,7 +11,7 @@ check what arrives, so a tar that was cut, replaced or removed is a named error,
 import hashlib
 import io
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
@@ -37,6 +37,7 @@ from data_pipelines.tar_members import (
     members_from_parquet,
     members_to_parquet,
     notes_of_parquet,
+    parsing,
     scan_tar,
 )
 
@@ -99,6 +100,12 @@ class ShardIndex:
         both = cls("", pa.concat_tables([each.table for each in sets]))
         both.folders = tuple(folder for each in sets for folder in each.folders)
         return both
+
+    def moved(self, move: Callable[[str], str]) -> "ShardIndex":
+        """The same shards below what `move` makes of each folder's URL."""
+        found = ShardIndex("", self.table)
+        found.folders = tuple((move(url), shards) for url, shards in self.folders)
+        return found
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -237,19 +244,23 @@ def shard_of_members(url: str, data: bytes) -> tuple[Shard, int]:
     """What `index_shard` returned when it wrote this file of the set at `url`.
 
     Raises:
-        pyarrow.ArrowException, KeyError, ValueError: it is no such file.
+        ShardMismatchError: it is no such file, or its table is damaged.
     """
     notes = notes_of_parquet(data)
-    shard = Shard(
-        folder=url,
-        name=notes["name"],
-        size_bytes=int(notes["size_bytes"]),
-        etag=notes["etag"],
-        sha256=notes["sha256"],
-        num_samples=int(notes["num_samples"]),
-        members_sha256=notes["members_sha256"],
-    )
-    return shard, int(notes["num_interleaved"])
+    with parsing("a member table"):
+        shard = Shard(
+            folder=url,
+            name=notes["name"],
+            size_bytes=int(notes["size_bytes"]),
+            etag=notes["etag"],
+            sha256=notes["sha256"],
+            num_samples=int(notes["num_samples"]),
+            members_sha256=notes["members_sha256"],
+        )
+        interleaved = int(notes["num_interleaved"])
+    if members_from_parquet(data).digest != shard.members_sha256:
+        raise ShardMismatchError(f"the member table of {shard.name} is damaged")
+    return shard, interleaved
 
 
 def _samples_of(tar: Tar, url: str) -> MemberTable:
@@ -286,15 +297,17 @@ def read_index(store: ObjectStore, url: str) -> ShardIndex:
             f"`diti data index`"
         ) from error
     try:
-        table = pq.ParquetFile(io.BytesIO(data)).read()
-        if not table.schema.equals(_SCHEMA):
-            raise ValueError(f"its columns are {table.schema.names}")
-    except (pa.ArrowException, ValueError) as error:
+        with parsing("a shard index"):
+            table = pq.ParquetFile(io.BytesIO(data)).read()
+            if not table.schema.equals(_SCHEMA):
+                raise ValueError(f"its columns are {table.schema.names}")
+    except ShardMismatchError as error:
         raise ShardMismatchError(
-            f"shard index {where} cannot be read ({error}); restore it, or make the set again"
+            f"shard index {where} cannot be read ({error}); restore it, or index the tars again "
+            f"with `diti data index`"
         ) from error
     if not len(table):
-        raise ShardMismatchError(f"shard index {where} lists no shard; make the set again")
+        raise ShardMismatchError(f"shard index {where} lists no shard; index the tars again")
     return ShardIndex(url, table)
 
 
@@ -315,7 +328,7 @@ def read_members(store: ObjectStore, shard: Shard) -> MemberTable:
     data = store.read(where)
     try:
         table = members_from_parquet(data)
-    except (pa.ArrowException, KeyError) as error:
+    except ShardMismatchError as error:
         raise ShardMismatchError(
             f"{where} cannot be read ({error}); index the shard set again"
         ) from error
@@ -351,7 +364,7 @@ def shards_changed(index: ShardIndex, changed: Mapping[Shard, str]) -> ShardMism
     more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
     return ShardMismatchError(
         f"shards at {index.url} do not match their index: {'; '.join(problems[:10])}{more}. "
-        f"Restore them, or make the set again."
+        f"Restore them, or index the set again with `diti data index`."
     )
 
 

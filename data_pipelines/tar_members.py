@@ -10,7 +10,8 @@ import mmap
 import re
 import tarfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +24,9 @@ BLOCK_BYTES = 512
 _END_OF_TAR = b"\0" * (2 * BLOCK_BYTES)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _ABSENT = (-BLOCK_BYTES, 0, 0)
+
+_PARSER_ERRORS = (tarfile.TarError, ValueError, OverflowError, RecursionError, LookupError)
+"""What Python's tar reader raises about headers that make no sense."""
 
 Tar = bytes | mmap.mmap
 
@@ -87,7 +91,10 @@ def scan_tar(data: Tar, url: str) -> MemberTable:
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:  # pyright: ignore[reportArgumentType, reportCallIssue]
             _check_mark(data, url)
+            end = 0
             for member in tar:
+                _check_place(member, end, url)
+                end = member.offset_data
                 key, extension = key_and_extension(member.name)
                 if not member.isfile() or not key:
                     continue
@@ -102,7 +109,9 @@ def scan_tar(data: Tar, url: str) -> MemberTable:
                 content = data[start : start + member.size]
                 members[extension] = (start, member.size, zlib.crc32(content))
             _check_end(data, tar.offset, url)
-    except tarfile.TarError as error:
+    except ShardMismatchError:
+        raise
+    except _PARSER_ERRORS as error:
         raise ShardMismatchError(
             f"{url} is not a readable tar ({error}); write or upload it again, uncompressed"
         ) from error
@@ -117,12 +126,32 @@ def _check_mark(data: Tar, url: str) -> None:
         )
 
 
+def _check_place(member: tarfile.TarInfo, end: int, url: str) -> None:
+    """Headers may send a reader backwards, for ever, or stand for bytes that are not there."""
+    if member.size < 0 or member.offset < end:
+        raise ShardMismatchError(
+            f"{url}: the header of member {member.name!r} at byte {member.offset} is damaged (size "
+            f"{member.size}); write or upload the tar again"
+        )
+    if member.issparse():
+        raise ShardMismatchError(
+            f"{url}: member {member.name!r} is sparse, so its bytes do not stand in the tar as "
+            f"they are; write the tar again without --sparse"
+        )
+
+
 def _check_name(name: str, url: str) -> None:
-    """Keys end up in paths, tables and lines of text: they may not lead or break out of those."""
+    """Keys end up in paths, tables and lines of text: they may not lead or break out of those.
+    Extensions become names in a sample, where those that begin with two underscores are ours."""
     if name.startswith("/") or ".." in name.split("/") or _CONTROL.search(name):
         raise ShardMismatchError(
             f"{url}: member {name!r} has a name that is absolute, leads upwards or holds control "
             f"characters; write the tar again with plain names"
+        )
+    if key_and_extension(name)[1].startswith("__"):
+        raise ShardMismatchError(
+            f"{url}: member {name!r} has an extension that begins with '__', which WebDataset "
+            f"keeps for itself; write the tar again with another name"
         )
 
 
@@ -199,22 +228,38 @@ def members_from_parquet(data: bytes) -> MemberTable:
     """What `members_to_parquet` was given.
 
     Raises:
-        pyarrow.ArrowException, KeyError: it is no such file.
+        ShardMismatchError: it is no such file.
     """
-    table = pq.ParquetFile(io.BytesIO(data)).read()
-    names = [name.removesuffix(".block") for name in table.column_names if name.endswith(".block")]
-    return MemberTable(
-        tuple(table["key"].to_pylist()),
-        {name: table[f"{name}.block"].to_numpy() * BLOCK_BYTES for name in names},
-        {name: table[f"{name}.size"].to_numpy() for name in names},
-        {name: table[f"{name}.crc32"].to_numpy() for name in names},
-    )
+    with parsing("a member table"):
+        table = pq.ParquetFile(io.BytesIO(data)).read()
+        names = [name[: -len(".block")] for name in table.column_names if name.endswith(".block")]
+        return MemberTable(
+            tuple(table["key"].to_pylist()),
+            {name: table[f"{name}.block"].to_numpy() * BLOCK_BYTES for name in names},
+            {name: table[f"{name}.size"].to_numpy() for name in names},
+            {name: table[f"{name}.crc32"].to_numpy() for name in names},
+        )
 
 
 def notes_of_parquet(data: bytes) -> dict[str, str]:
-    """The notes that a table was written with."""
-    metadata = pq.read_schema(io.BytesIO(data)).metadata or {}
-    return {key.decode(): value.decode() for key, value in metadata.items()}
+    """The notes that a table was written with.
+
+    Raises:
+        ShardMismatchError: it is no such file.
+    """
+    with parsing("a member table"):
+        metadata = pq.read_schema(io.BytesIO(data)).metadata or {}
+        return {key.decode(): value.decode() for key, value in metadata.items()}
+
+
+@contextmanager
+def parsing(what: str) -> Iterator[None]:
+    """Turn what pyarrow raises about damaged bytes into a ShardMismatchError."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError, TypeError, LookupError, MemoryError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise ShardMismatchError(f"these bytes are not {what}: {said}") from error
 
 
 def row_span(

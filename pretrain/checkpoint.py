@@ -19,9 +19,9 @@ import re
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
-from pydantic import ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
@@ -49,10 +49,10 @@ class CheckpointError(ValueError):
 class Manifest:
     """What COMPLETE.json says. `files` maps names below the parts to (bytes, SHA-256)."""
 
-    step: int
+    step: Annotated[int, Field(ge=0)]
     images: int
     """Samples consumed: the data position."""
-    parent: str | None
+    parent: Annotated[str, Field(pattern=r"^step-\d{8}$")] | None
     parts: str
     config: dict[str, Any]
     index_digest: str
@@ -70,9 +70,14 @@ class Manifest:
     """Over what the backbone's card says."""
     format_version: int = FORMAT_VERSION
 
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
     @property
     def name(self) -> str:
         return checkpoint_name(self.step)
+
+
+_MANIFEST: TypeAdapter[Manifest] = TypeAdapter(Manifest)
 
 
 def checkpoint_name(step: int) -> str:
@@ -117,16 +122,26 @@ def read_manifest(store: ObjectStore, run_url: str, step: int) -> Manifest:
 
 
 def _manifest_at(store: ObjectStore, where: str) -> Manifest:
+    data = store.read(where)
     try:
-        value = json.loads(store.read(where))
-        if value["format_version"] != FORMAT_VERSION:
-            raise ValueError(f"format {value['format_version']}, this code reads {FORMAT_VERSION}")
-        files = {name: (int(size), str(sha)) for name, (size, sha) in value.pop("files").items()}
-        return Manifest(files=files, **value)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        version = dict(json.loads(data)).get("format_version")
+        if version != FORMAT_VERSION:
+            raise ValueError(f"format {version}, this code reads {FORMAT_VERSION}")
+        manifest = _MANIFEST.validate_json(data, strict=True)
+        if manifest.name != where.split("/")[-2]:
+            raise ValueError(f"it is of step {manifest.step}")
+        if manifest.parent is not None and not manifest.parent < manifest.name:
+            raise ValueError(f"its parent {manifest.parent} is not older than it is")
+        return manifest
+    except (ValueError, TypeError) as error:
+        said = _said(error) if isinstance(error, ValidationError) else error
         raise CheckpointError(
-            f"{where} cannot be read ({error}); delete it to fall back to an older checkpoint"
+            f"{where} cannot be read ({said}); delete it to fall back to an older checkpoint"
         ) from error
+
+
+def _said(error: ValidationError) -> str:
+    return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
 
 
 def newest(store: ObjectStore, run_url: str) -> Manifest | None:
@@ -262,8 +277,8 @@ def read_samples(store: ObjectStore, run_url: str, manifest: Manifest) -> list[t
     for ancestor in lineage(store, run_url, manifest):
         for name in ancestor.files:
             if name.startswith("samples-"):
-                lines = read_file(store, run_url, ancestor, name).decode().splitlines()
-                samples += [line.split("\t", 1) for line in lines]
+                lines = read_file(store, run_url, ancestor, name).decode().split("\n")
+                samples += [line.split("\t", 1) for line in lines if line]
     return sorted((int(position), key) for position, key in samples)
 
 

@@ -127,8 +127,13 @@ class Engine:
         """Views of the float32 weights that this rank's optimizer updates, and of its moments.
 
         AdamW makes its moments in its first step; here they are made at once, so that a checkpoint
-        can hold them before it.
+        can hold them before it. (Stage 0 in fewer digits has taken a step already, with gradients
+        of zero.)
         """
+        if self.zero_stage == 0 and self._optimizer is not self._adam:
+            self._adam.state.clear()
+            for parameter, copy in zip(self.trainable.values(), self._copies(), strict=True):
+                copy.data.copy_(parameter.data)
         pieces = []
         for number, (name, parameter) in enumerate(self.trainable.items()):
             for flat, at, start, size in self._places(number, parameter):
@@ -165,8 +170,12 @@ class Engine:
             return [(flat, there.start, here.start, there.numel)]
         if zero is self._adam:
             return [(parameter, 0, 0, parameter.numel())]
-        [copies] = zero.fp32_groups  # stage 0 in fewer digits
-        return [(copies[number], 0, 0, parameter.numel())]
+        return [(self._copies()[number], 0, 0, parameter.numel())]
+
+    def _copies(self) -> list[Tensor]:
+        """The float32 weights of stage 0 in fewer digits, in the order of the parameters."""
+        zero: Any = self._optimizer
+        return zero.fp32_groups[0]
 
     def _weights_from_pieces(self) -> None:
         """Have the model compute with the float32 weights as they are now; collective."""
@@ -181,7 +190,7 @@ class Engine:
         elif self.zero_stage:
             zero.update_lp_params()
         elif zero is not self._adam:
-            for parameter, copy in zip(self.trainable.values(), zero.fp32_groups[0], strict=True):
+            for parameter, copy in zip(self.trainable.values(), self._copies(), strict=True):
                 parameter.data.copy_(copy.data)
 
 

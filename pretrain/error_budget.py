@@ -8,12 +8,12 @@ from pretrain.world import gather_from_ranks
 
 
 class ErrorBudget:
-    """Counts dead letters; the counts of all ranks are the same after every `settle`.
+    """Counts replaced samples; the counts of all ranks are the same after every `settle`.
 
     Args:
         share: of the samples read that may be replaced.
         at_least: samples that this share is of, while fewer have been read; such as an epoch.
-        counts: dead letters by cause, of the run so far.
+        counts: replaced samples by cause, of the run so far.
     """
 
     def __init__(self, share: float, at_least: int, counts: Mapping[str, int]) -> None:
@@ -23,13 +23,18 @@ class ErrorBudget:
         self._unwritten: list[DeadLetter] = []
 
     def note(self, letters: Iterable[DeadLetter]) -> None:
-        """Take in this rank's new dead letters."""
+        """Take in this rank's new dead letters.
+
+        A position counts once, by what was wrong with its own sample, however many substitutes
+        could not be used either.
+        """
         letters = list(letters)
-        self._unsettled.update(letter.cause for letter in letters)
+        own = {letter.position: letter.cause for letter in reversed(letters)}
+        self._unsettled.update(own.values())
         self._unwritten += letters
 
     def settle(self) -> int:
-        """Collective: add what every rank has noted; dead letters of the whole run so far."""
+        """Collective: add what every rank has noted; replaced samples of the whole run so far."""
         for counts in gather_from_ranks(self._unsettled):
             assert isinstance(counts, Counter)
             self.counts += counts
@@ -44,7 +49,7 @@ class ErrorBudget:
                 f"{self.counts.total()} samples could not be used, {allowed} are allowed "
                 f"(data.error_budget = {self.share:g}): {ranked_causes(self.counts)}. The dead "
                 f"letters in the run's folder say which and why; mend them and ask "
-                f"`diti data repair`, or raise the budget."
+                f"`diti data repair`, or raise the budget (with --allow-change data.error_budget)."
             )
 
     def take_unwritten(self) -> list[DeadLetter]:

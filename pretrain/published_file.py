@@ -74,9 +74,15 @@ def _check_sums(path: Path) -> None:
     """PyTorch itself does not look at them."""
     try:
         with zipfile.ZipFile(path) as file:
-            damaged = file.testzip()
+            packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist())
+            damaged = None if packed else file.testzip()
     except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, OSError) as error:
         raise _not_whole(path) from error
+    if packed:
+        raise LayoutError(
+            "it was compressed after PyTorch had written it, so its tensors cannot be read: unpack "
+            "it and zip it again without compression, or fetch the original"
+        )
     if damaged is not None:
         raise LayoutError(f"its part {damaged} is damaged (its CRC-32 is another): fetch it again")
 
@@ -155,18 +161,19 @@ def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """float32 copies that no longer lean on the file."""
     if strange := sorted(name for name, tensor in state.items() if not _is_plain(tensor)):
         raise LayoutError(
-            f"it holds tensors that are sparse, quantized, complex or without content: "
-            f"{first_few(strange)}; save them as plain numbers"
+            f"it holds tensors that are sparse, quantized, repeated, without content or no "
+            f"floating-point numbers: {first_few(strange)}; save them as plain numbers"
         )
-    if broken := sorted(name for name, tensor in state.items() if not tensor.isfinite().all()):
-        raise LayoutError(
-            f"it holds numbers that are NaN or infinite: {first_few(broken)}; take a checkpoint "
-            f"from before its training went wrong"
-        )
-    return {
+    copies = {
         name: tensor.detach().to(torch.float32, copy=True).contiguous()
         for name, tensor in state.items()
     }
+    if broken := sorted(name for name, tensor in copies.items() if not tensor.isfinite().all()):
+        raise LayoutError(
+            f"it holds numbers that are NaN, infinite or too large for float32: "
+            f"{first_few(broken)}; take a checkpoint from before its training went wrong"
+        )
+    return copies
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -174,7 +181,8 @@ def _is_plain(tensor: Tensor) -> bool:
         tensor.layout == torch.strided
         and tensor.device.type == "cpu"
         and not tensor.is_quantized
-        and not tensor.is_complex()
+        and (tensor.is_floating_point() or tensor.dtype == torch.int64)  # BatchNorm's counts
+        and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
     )
 
 

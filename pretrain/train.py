@@ -143,7 +143,7 @@ def run(
             torch.manual_seed(int(mix64(config.seed, step, world.rank) >> np.uint64(1)))  # dropout
             micro_batches = []
             for _ in range(plan.accumulation):
-                batch, waited = next(batches)
+                batch, waited = _next_or_letters(batches, step, budget, saver)
                 saver.note(batch)
                 budget.note(batch.dead_letters)
                 window.waited += waited
@@ -194,7 +194,8 @@ def _check(progress: Progress, budget: ErrorBudget, saver: Saver) -> None:
     if not math.isfinite(progress.loss):
         raise TrainingDivergedError(
             f"loss is {progress.loss} by step {progress.step}; the newest complete checkpoint is "
-            f"step {saver.newest_step}. Lower optimizer.learning_rate or set optimizer.clip_norm."
+            f"step {saver.newest_step}. Lower optimizer.learning_rate or set optimizer.clip_norm, "
+            f"and say that it is meant (--allow-change optimizer); --from-step goes back further."
         )
     try:
         budget.check(progress.images)
@@ -224,6 +225,17 @@ def _open_batches(
         world_size=world.size,
         first_batch=first_batch,
     )
+
+
+def _next_or_letters(
+    batches: Iterator[tuple[Batch, float]], step: int, budget: ErrorBudget, saver: Saver
+) -> tuple[Batch, float]:
+    """The next batch; where there is no sample left for it, the dead letters are written."""
+    try:
+        return next(batches)
+    except TooManyBadSamplesError as error:
+        saver.write_dead_letters(step, [*budget.take_unwritten(), *error.letters])
+        raise
 
 
 def _timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:

@@ -183,7 +183,9 @@ def initial_weights(source: str | Path, store: ObjectStore, model: DiTi) -> Mapp
         weights = authors.trained_weights()
         _compare(authors, model)
     else:
-        weights = checkpoint.read_tensors(store, url, checkpoint.find(store, url, None), ema=True)
+        manifest = checkpoint.find(store, url, None)
+        _compare_run(manifest, url, model)
+        weights = checkpoint.read_tensors(store, url, manifest, ema=True)
     if problems := state_problems(shapes_of(weights), shapes_of(model.trained_state())):
         raise PublishedCheckpointError(
             f"{source} cannot start this run: its encoder and shift path are of another shape; "
@@ -192,8 +194,33 @@ def initial_weights(source: str | Path, store: ObjectStore, model: DiTi) -> Mapp
     return weights
 
 
+def _compare_run(manifest: checkpoint.Manifest, url: str, model: DiTi) -> None:
+    """What names and shapes do not tell, of a run of this project."""
+    _, task = _diti_run(manifest, url)
+    now = model.task
+    if manifest.backbone_sha256 != now.backbone.sha256:
+        raise checkpoint.CheckpointError(
+            f"{url} cannot start this run: it was trained against another backbone (SHA-256 "
+            f"{manifest.backbone_sha256}); set task.backbone to that one"
+        )
+    if task.encoder != now.encoder:
+        raise checkpoint.CheckpointError(
+            f"{url} cannot start this run: its encoder is {task.encoder.model_dump()}, this run's "
+            f"{now.encoder.model_dump()}; give task.encoder the same values"
+        )
+    _warn_of_others(
+        url, {"partition": (task.partition, now.partition), "mode": (task.mode, now.mode)}
+    )
+
+
+def _warn_of_others(source: str, settings: Mapping[str, tuple[object, object]]) -> None:
+    for what, (found, wanted) in settings.items():
+        if found != wanted:
+            _log.warning("%s was trained with another %s than this run", source, what)
+
+
 def _compare(authors: AuthorsCheckpoint, model: DiTi) -> None:
-    """What names and shapes do not tell."""
+    """What names and shapes do not tell, of an authors' file."""
     encoder, found = model.task.encoder, authors.encoder_config
     if isinstance(encoder, EncoderConfig) and found and encoder.num_heads != found.num_heads:
         raise PublishedCheckpointError(
@@ -214,12 +241,13 @@ def _compare(authors: AuthorsCheckpoint, model: DiTi) -> None:
             f"which differs in {len(other)} tensors, first {other[0]}. Its own can be taken out of "
             f"it with `diti backbone import`."
         )
-    for what, found, wanted in (
-        ("partition", authors.partition, model.partition),
-        ("mode", authors.mode, model.task.mode),
-    ):
-        if found != wanted:
-            _log.warning("%s was trained with another %s than this run", authors.source, what)
+    _warn_of_others(
+        authors.source,
+        {
+            "partition": (authors.partition, model.partition),
+            "mode": (authors.mode, model.task.mode),
+        },
+    )
 
 
 def digest_of(module: nn.Module) -> str:

@@ -1,9 +1,9 @@
 """`diti eval attributes`: what can be read from features, beside what needs no training."""
 
-from data_pipelines.feature_store import FeatureManifest, Features, read_features, read_manifest
+from data_pipelines.feature_store import FeatureManifest, read_features, read_manifest
 from data_pipelines.object_store import ObjectStore
 from tools.attribute_probe import ProbeResult, probe, probe_features
-from tools.labels import Labels, labels_of, read_pixels, read_source
+from tools.labels import labels_of, places_of, read_pixels, read_source
 
 
 def evaluate_attributes(
@@ -36,19 +36,28 @@ def evaluate_attributes(
             )
     samples = [read_source(store, manifest) for manifest in manifests]
     labels = [labels_of(half) for half in samples]
-    train, test = (read_features(store, url) for url in (train_url, test_url))
+    halves = [read_features(store, url) for url in (train_url, test_url)]
     attributes = labels[0].names
     if attributes != labels[1].names:
         raise ValueError(
             f"{train_url} and {test_url} come from shards that are labelled with different "
             f"attributes: {sorted(set(attributes) ^ set(labels[1].names))}"
         )
-    results = probe_features(
-        train, labels[0].of(train.keys), test, labels[1].of(test.keys), attributes
-    )
+    rows = [
+        each.of(places_of(manifest, half))
+        for each, manifest, half in zip(labels, manifests, halves, strict=True)
+    ]
+    results = probe_features(halves[0], rows[0], halves[1], rows[1], attributes)
     if untrained:
-        halves = [read_features(store, url) for url in untrained]
-        results.append(_probe_whole("untrained encoder", halves, labels))
+        others = [read_features(store, url) for url in untrained]
+        rows = [
+            each.of(places_of(manifest, half))
+            for each, manifest, half in zip(labels, untrained_manifests, others, strict=True)
+        ]
+        values = [half.values for half in others]
+        results.append(
+            probe("untrained encoder", values[0], rows[0], values[1], rows[1], attributes)
+        )
     if pixels:
         size_px = manifests[0].config["data"]["image_size_px"]
         flat = [read_pixels(half, size_px).reshape(len(half), -1) / 255.0 for half in samples]
@@ -79,15 +88,3 @@ def _read_halves(store: ObjectStore, urls: tuple[str, str]) -> list[FeatureManif
             f"on images that it has not seen: export a second split"
         )
     return manifests
-
-
-def _probe_whole(name: str, halves: list[Features], labels: list[Labels]) -> ProbeResult:
-    (train, test), (train_labels, test_labels) = halves, labels
-    return probe(
-        name,
-        train.values,
-        train_labels.of(train.keys),
-        test.values,
-        test_labels.of(test.keys),
-        train_labels.names,
-    )

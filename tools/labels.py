@@ -1,42 +1,53 @@
 """Labels of a shard set: what each sample's json says under `attributes`."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipelines.feature_store import FeatureManifest
-from data_pipelines.object_store import ObjectStore
+from data_pipelines.feature_store import FeatureManifest, Features
+from data_pipelines.object_store import ObjectStore, join
 from data_pipelines.sample_reader import Sample, read_shard
 from data_pipelines.sample_stream import decode_sample
 from data_pipelines.shard_index import ShardIndex, read_index
 
+Place = tuple[str, int]
+"""URL of a tar, and a row in it. Keys are unique in a tar only."""
+
 
 @dataclass(frozen=True, slots=True)
 class Labels:
-    """Binary attributes of a shard set, a row per sample, in the order of `keys`."""
+    """Binary attributes of a shard set, a row per sample, in the order of `places`."""
 
-    keys: tuple[str, ...]
+    places: tuple[Place, ...]
     names: tuple[str, ...]
     values: NDArray[np.int8]
     """(samples, attributes), 0 or 1."""
 
-    def of(self, keys: list[str]) -> NDArray[np.int8]:
-        """Rows in the order of `keys`.
+    def of(self, places: Sequence[Place]) -> NDArray[np.int8]:
+        """Rows in the order of `places`.
 
         Raises:
-            ValueError: a key has no labels: features and labels are of different shard sets.
+            ValueError: a sample has no labels: features and labels are of different shard sets.
         """
-        row_of = {key: row for row, key in enumerate(self.keys)}
-        unknown = [key for key in keys if key not in row_of]
+        row_of = {place: row for row, place in enumerate(self.places)}
+        unknown = [place for place in places if place not in row_of]
         if unknown:
+            url, row = unknown[0]
             raise ValueError(
-                f"{len(unknown)} of {len(keys)} features have no labels, for example key "
-                f"{unknown[0]}; the shards changed after the export: export again"
+                f"{len(unknown)} of {len(places)} features have no labels, for example that of row "
+                f"{row} of {url}; the shards changed after the export: export again"
             )
-        return self.values[[row_of[key] for key in keys]]
+        return self.values[[row_of[place] for place in places]]
+
+
+def places_of(manifest: FeatureManifest, features: Features) -> list[Place]:
+    """Where the samples of these features lie."""
+    urls = {shard: join(manifest.source_url, shard) for shard in set(features.shards)}
+    rows = features.rows.tolist()
+    return [(urls[shard], row) for shard, row in zip(features.shards, rows, strict=True)]
 
 
 def iter_samples(store: ObjectStore, index: ShardIndex) -> Iterator[Sample]:
@@ -80,8 +91,8 @@ def labels_of(samples: list[Sample]) -> Labels:
                 f"both have the attributes {sorted(different)}; label every sample alike"
             )
         rows.append([attributes[name] for name in names])
-    keys = tuple(sample["__key__"] for sample in samples)
-    return Labels(keys, names, np.array(rows, np.int8))
+    places = tuple((sample["__url__"], sample["__row__"]) for sample in samples)
+    return Labels(places, names, np.array(rows, np.int8))
 
 
 def _attributes(sample: Sample) -> dict[str, int]:

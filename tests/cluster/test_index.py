@@ -106,6 +106,18 @@ def test_indexing_goes_on_where_it_was_and_reads_again_what_was_replaced(
     assert read_index(store, written) == index
 
 
+def test_indexing_again_mends_a_damaged_member_table(store: ObjectStore, written: str):
+    index_set(store, written, num_workers=1)
+    where = join(written, "00001.members.parquet")
+    data = bytearray(store.read(where))
+    data[45] ^= 1
+    store.write(where, bytes(data))
+    result = diti("verify", written, "--deep")
+    assert "00001.tar has no usable member table" in result.stderr
+    index_set(store, written, num_workers=1)
+    assert diti("verify", written, "--deep").exit_code == 0
+
+
 def test_a_folder_without_a_usable_tar_is_refused(store: ObjectStore, s3_url: str):
     assert "there is no .tar below" in diti("index", s3_url).stderr
     store.write(join(s3_url, "x.tar"), b"<html>")

@@ -104,7 +104,7 @@ def test_every_section_is_frozen_and_refuses_unknown_keys(name: str):
         ("TrainConfig", "ema_decay", [-0.1, 1, float("nan")]),
         ("TrainConfig", "global_batch", [0, 2.5]),
         ("EngineConfig", "zero_stage", [4, "2"]),
-        ("EngineConfig", "precision", ["fp16"]),
+        ("EngineConfig", "precision", ["fp64", 16]),
         ("ClusterConfig", "use_gpu", ["yes", 1]),
         ("ClusterConfig", "num_workers", [0, "2", 2.5]),
         ("WandbConfig", "mode", ["on", True]),

@@ -272,6 +272,33 @@ def test_an_image_is_turned_upright_as_its_metadata_says(kind: str, orientation:
     assert np.abs(quadrants_of(decode_image(data, 48)) - quadrants_of(expected)).max() <= 6
 
 
+def test_metadata_behind_a_long_first_segment_counts_too():
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    data = encoded(QUADRANTS, "JPEG", quality=95, exif=exif)
+    comment = b"\xff\xfe" + (60_000).to_bytes(2, "big") + b"c" * 59_998
+    late = data[:2] + comment + data[2:]
+    assert np.array_equal(decode_image(late, 48), decode_image(data, 48))
+    upright = decode_image(encoded(QUADRANTS, "JPEG", quality=95), 48)
+    assert np.abs(decode_image(late, 48).astype(int) - upright[::-1, ::-1]).max() <= 6
+
+
+def test_a_jpeg_of_exactly_twice_the_size_is_decoded_at_half_its_scale(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    asked: list[int] = []
+    decode = simplejpeg.decode_jpeg
+
+    def note(data: bytes, **options):
+        asked.append(options.get("min_factor", 1))
+        return decode(data, **options)
+
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", note)
+    for side in (127, 128, 129, 255, 256):
+        decode_image(encoded(Image.new("RGB", (side, side)), "JPEG"), 64)
+    assert asked == [1, 2, 2, 2, 4]
+
+
 def test_broken_metadata_around_sound_pixels_does_no_harm():
     data = encoded(QUADRANTS, "JPEG", quality=95)
     broken = data[:2] + b"\xff\xe1\x00\x10Exif\0\0MM\0*\xff\xff" + b"\xff" * 4 + data[2:]

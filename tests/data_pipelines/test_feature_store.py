@@ -74,11 +74,15 @@ def make_part(stem: str, num_rows: int, *, source: str = "avatars") -> Part:
     return Part(part_name(source, stem), f"{stem}.tar", keys, rows, noise.astype(np.float32))
 
 
+def rows_of(data: bytes) -> int:
+    return pq.ParquetFile(io.BytesIO(data)).metadata.num_rows
+
+
 def make_manifest(
     parts: dict[str, bytes], columns: tuple[FeatureColumn, ...] = COLUMNS
 ) -> FeatureManifest:
     infos = {
-        name: PartInfo(part_moments(data).count, len(data), hashlib.sha256(data).hexdigest())
+        name: PartInfo(rows_of(data), len(data), hashlib.sha256(data).hexdigest())
         for name, data in parts.items()
     }
     return FeatureManifest(
@@ -247,7 +251,10 @@ def test_moments_of_the_parts_add_up_to_mean_and_std_of_what_is_read(url: str):
     parts = [make_part("00000", 300), make_part("00001", 0), make_part("00002", 200)]
     export(LOCAL, url, parts)
     values = read_features(LOCAL, url).values.astype(np.float64)
-    moments = [part_moments(LOCAL.read(join(url, part.name))) for part in parts]
+    moments = [
+        part_moments(LOCAL.read(join(url, part.name)), COLUMNS, shard=part.shard, where=part.name)
+        for part in parts
+    ]
     count = sum(m.count for m in moments)
     mean = sum(m.sum for m in moments) / count
     std = np.sqrt(sum(m.sum_of_squares for m in moments) / count - mean**2)
@@ -261,8 +268,20 @@ def test_moments_of_a_damaged_part_are_refused(damage: str):
     data = bytearray(make_part("00000", 100).encoded())
     data[len(data) // 2] ^= 1
     damaged = {"cut": bytes(data[:-1]), "flipped": bytes(data), "other": b"no parquet"}[damage]
-    with pytest.raises(FeatureMismatchError, match=f"feature part of {len(damaged)} bytes"):
-        part_moments(damaged)
+    with pytest.raises(FeatureMismatchError, match=r"out/0\.parquet is (damaged|not a readable)"):
+        part_moments(damaged, COLUMNS, shard="00000.tar", where="out/0.parquet")
+
+
+def test_moments_are_of_the_part_that_was_asked_for_or_none():
+    part = make_part("00000", 30)
+    swapped = replace(part, rows=[part.rows[1], part.rows[0], *part.rows[2:]])
+    for data, columns, shard in (
+        (part.encoded(), COLUMNS, "00001.tar"),
+        (part.encoded(), COLUMNS[:-1], "00000.tar"),
+        (swapped.encoded(), COLUMNS, "00000.tar"),
+    ):
+        with pytest.raises(FeatureMismatchError, match=r"^out/0\.parquet "):
+            part_moments(data, columns, shard=shard, where="out/0.parquet")
 
 
 # ------------------------------------------------------------------------------------ the manifest

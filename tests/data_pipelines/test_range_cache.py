@@ -14,14 +14,14 @@ class Source:
     """Counts what is fetched; the content of an entry follows from its name."""
 
     def __init__(self, size: int = 1000) -> None:
-        self.size, self.fetched = size, []
+        self.size, self.fetched, self.is_sound = size, [], True
 
     def read(self, cache: RangeCache, name: str) -> bytes:
         def fetch() -> bytes:
             self.fetched.append(name)
             return content_of(name, self.size)
 
-        found = cache.read(name, fetch)
+        found = cache.read(name, self.size, fetch, lambda content: self.is_sound)
         assert found == content_of(name, self.size)
         return found
 
@@ -43,7 +43,9 @@ def test_an_entry_is_fetched_once_by_whoever_shares_the_folder(tmp_path: Path) -
     assert source.fetched == ["ab-0-1000", "ab-1000-2000"]
 
 
-@pytest.mark.parametrize("damage", [b"", b"abc", None], ids=["empty", "cut", "flipped"])
+@pytest.mark.parametrize(
+    "damage", [b"", b"abc", b"\0\0\0\0", None], ids=["empty", "cut", "zeros", "flipped"]
+)
 def test_a_damaged_entry_is_fetched_again_and_mended(tmp_path: Path, damage: bytes | None) -> None:
     source, cache = Source(), RangeCache(tmp_path, 2**20)
     source.read(cache, "one")
@@ -53,6 +55,39 @@ def test_a_damaged_entry_is_fetched_again_and_mended(tmp_path: Path, damage: byt
     source.read(cache, "one")
     source.read(cache, "one")
     assert source.fetched == ["one", "one"]
+
+
+def test_what_is_not_sound_is_passed_on_and_not_kept(tmp_path: Path) -> None:
+    source, cache = Source(), RangeCache(tmp_path, 2**20)
+    source.is_sound = False
+    source.read(cache, "one")
+    assert entries(tmp_path) == []
+    source.is_sound = True
+    source.read(cache, "one")
+    source.read(cache, "one")
+    assert source.fetched == ["one", "one"]
+
+
+def test_a_folder_that_is_over_its_limit_already_is_trimmed_by_the_first_write(
+    tmp_path: Path,
+) -> None:
+    generous, source = RangeCache(tmp_path, 2**20), Source()
+    for number in range(20):
+        source.read(generous, f"{number:02d}-old")
+    source.read(RangeCache(tmp_path, 10_500), "new")
+    assert sum(path.stat().st_size for path in entries(tmp_path)) <= 10_500
+
+
+def test_a_write_that_fails_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Path, target: Path) -> Path:
+        raise OSError("no space left")
+
+    source, cache = Source(), RangeCache(tmp_path, 2**20)
+    monkeypatch.setattr(Path, "replace", full)
+    source.read(cache, "one")
+    assert entries(tmp_path) == []
 
 
 def test_the_least_recently_used_go_first_and_the_limit_holds(tmp_path: Path) -> None:

@@ -71,6 +71,12 @@ def test_a_source_keeps_the_order_that_it_would_have_alone() -> None:
     assert rows.tolist() == alone[1].tolist()
 
 
+def test_sources_of_the_same_sizes_are_not_shuffled_alike() -> None:
+    mix = SampleMix([(50, 50), (50, 50)], (1, 1), seed=0, lanes=4, window_rows=50)
+    rows = [mix.locate(of_source(mix, number, np.arange(200)))[1].tolist() for number in (0, 1)]
+    assert rows[0] != rows[1]
+
+
 def test_a_lane_reads_one_window_after_the_other() -> None:
     """What a rank keeps in memory is one window a lane, so no window may come back."""
     big = ([300, 200], [900])

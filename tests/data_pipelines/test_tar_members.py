@@ -1,9 +1,12 @@
 """What is in a tar, row by row, in few bytes; and named errors for what is no whole tar."""
 
+import contextlib
 import gzip
 import io
+import subprocess
 import tarfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -251,3 +254,73 @@ def test_a_sample_of_an_img2dataset_shard_takes_at_most_24_bytes():
 def test_names_that_lead_or_break_out_are_refused(name: str):
     with pytest.raises(ShardMismatchError, match=r"u: member .* has a name that is absolute, lead"):
         scan_tar(tar_of([("good.jpg", b"1"), (name, b"2")]), "u")
+
+
+# --- headers that lead a reader astray ------------------------------------------------------------
+
+
+def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.size, info.type = size, kind
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+END = b"\0" * 1024
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        header("a.jpg", 0) + header("nodot", -512) + END,
+        header("a.jpg", 0) + header("b.jpg", -1024) + END,
+        tar_of([("a.jpg", b"1")])[:1024]
+        + b"".join(
+            header("././@LongLink", 1, tarfile.GNUTYPE_LONGNAME) + b"x" * 512 for _ in range(3000)
+        )
+        + END,
+    ],
+    ids=["backwards without a key", "backwards", "names of names"],
+)
+def test_headers_that_make_no_sense_are_refused_in_time(data: bytes):
+    with pytest.raises(ShardMismatchError, match=r"^u( |:)"):
+        scan_tar(data, "u")
+
+
+@pytest.mark.parametrize(
+    "fields", [{"GNU.sparse.map": "q,r"}, {"size": "9" * 26}, {"GNU.sparse.size": "x"}]
+)
+def test_pax_fields_that_make_no_sense_are_refused(fields: dict[str, str]):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo("a.jpg")
+        info.pax_headers = fields
+        tar.addfile(info, io.BytesIO(b""))
+    with pytest.raises(ShardMismatchError, match=r"^u( |:)"):
+        scan_tar(buffer.getvalue(), "u")
+
+
+def test_sparse_members_are_refused(tmp_path: Path):
+    with (tmp_path / "a.jpg").open("wb") as file:
+        file.seek(2**20)
+        file.write(b"end")
+    tar = tmp_path / "x.tar"
+    subprocess.run(["tar", "-S", "-C", tmp_path, "-cf", tar, "a.jpg"], check=True)
+    with pytest.raises(ShardMismatchError, match=r"member 'a\.jpg' is sparse"):
+        scan_tar(tar.read_bytes(), "u")
+
+
+def test_extensions_that_would_stand_for_something_else_in_a_sample_are_refused():
+    with pytest.raises(ShardMismatchError, match="begins with '__'"):
+        scan_tar(tar_of([("a.jpg", b"1"), ("a.__key__", b"b")]), "u")
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_a_damaged_table_is_refused_whatever_pyarrow_says(seed: int):
+    data = bytearray(
+        members_to_parquet(scan_tar(tar_of([("a.jpg", b"1"), ("b.jpg", b"2")]), "u"), {})
+    )
+    random = np.random.default_rng(seed)
+    for _ in range(3):
+        data[random.integers(len(data))] ^= 1 << random.integers(8)
+    with contextlib.suppress(ShardMismatchError):
+        members_from_parquet(bytes(data))

@@ -22,6 +22,7 @@ from data_pipelines.object_store import ObjectStore, join
 from data_pipelines.sample_stream import Batch
 from data_pipelines.tar_members import ShardMismatchError
 from pretrain import checkpoint
+from pretrain.error_budget import ErrorBudget
 from pretrain.position_noise import draw
 from pretrain.preflight import preflight, run_url
 from pretrain.train import Progress, TrainingDivergedError, _to_tensors, build_model, run
@@ -237,6 +238,30 @@ def repair(config: RunConfig, exit_code: int) -> str:
     result = CliRunner().invoke(app, ["data", "repair", run_url(config)])
     assert result.exit_code == exit_code, result.output
     return result.output
+
+
+def test_a_position_counts_once_however_many_substitutes_are_bad_too(world: World):
+    def letter(position: int, cause: str) -> DeadLetter:
+        return DeadLetter(position, "0.tar", 0, "k", 0, 1, cause, "why")
+
+    budget = ErrorBudget(0.5, at_least=4, counts={"shard missing": 1})
+    budget.note([letter(3, "undecodable image"), letter(3, "shard missing"), letter(4, "cut")])
+    assert budget.settle() == 3
+    assert budget.counts == {"shard missing": 1, "undecodable image": 1, "cut": 1}
+    assert len(budget.take_unwritten()) == 3
+    with pytest.raises(TooManyBadSamplesError, match="3 samples could not be used, 2 are allowed"):
+        budget.check(4)
+    budget.check(6)
+
+
+def test_when_nothing_can_take_a_samples_place_its_letters_are_written(tmp_path: Path):
+    config = make_run(STORE, str(tmp_path), *SHORT, "data.error_budget=1")
+    for info in STORE.list(config.data.shards):
+        if info.url.endswith(".tar"):
+            STORE.delete(info.url)
+    with pytest.raises(TooManyBadSamplesError, match="100 substitutes cannot be used"):
+        run(config, local_dir=tmp_path)
+    assert len(letters_of(config)) == 101
 
 
 def test_above_the_budget_the_run_stops_with_the_causes_ranked_and_its_dead_letters(

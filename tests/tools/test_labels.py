@@ -10,8 +10,9 @@ import pytest
 from data_pipelines.avatars import AvatarSpec, attribute_granularity, draw_avatar
 from data_pipelines.decoding import decode_image
 from data_pipelines.object_store import ObjectStore
-from data_pipelines.shard_index import read_index, write_index
+from data_pipelines.shard_index import publish_shard, read_index, write_index
 from data_pipelines.shard_writer import write_shard
+from tests.tars import tar_of
 from tests.tiny_run import make_shards
 from tools.labels import Labels, labels_of, read_pixels, read_samples
 
@@ -35,7 +36,9 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_labels_are_those_that_the_avatars_were_drawn_with(url: str):
     labels = read_labels(STORE, url)
-    assert labels.keys == tuple(f"{shard:05d}{row:04d}" for shard in (0, 1) for row in range(5))
+    assert labels.places == tuple(
+        (f"{url}/{shard:05d}.tar", row) for shard in (0, 1) for row in range(5)
+    )
     assert set(labels.names) == set(attribute_granularity())
     assert labels.values.shape == (10, len(labels.names))
     assert labels.values.dtype == np.int8
@@ -46,13 +49,29 @@ def test_labels_are_those_that_the_avatars_were_drawn_with(url: str):
 
 def test_rows_can_be_asked_for_in_any_order(url: str):
     labels = read_labels(STORE, url)
-    rows = labels.of(["000010002", "000000000", "000010002"])
+    first, second = f"{url}/00000.tar", f"{url}/00001.tar"
+    rows = labels.of([(second, 2), (first, 0), (second, 2)])
     assert np.array_equal(rows, labels.values[[7, 0, 7]])
 
 
-def test_keys_without_labels_are_counted_and_named(url: str):
-    with pytest.raises(ValueError, match=r"2 of 3 features have no labels.* key 000090000;") as e:
-        read_labels(STORE, url).of(["000000001", "000090000", "000090001"])
+def test_samples_of_two_tars_may_have_the_same_key(tmp_path: Path):
+    tars = []
+    for number, hat in enumerate((0, 1)):
+        described = json.dumps({"attributes": {"hat": hat}}).encode()
+        tar = tar_of([("a.jpg", b"\xff\xd8"), ("a.json", described)])
+        tars.append(publish_shard(STORE, str(tmp_path), f"{number}.tar", tar))
+    write_index(STORE, str(tmp_path), tars)
+    labels = read_labels(STORE, str(tmp_path))
+    places = [(f"{tmp_path}/{number}.tar", 0) for number in (1, 0)]
+    assert labels.of(places).tolist() == [[1], [0]]
+
+
+def test_samples_without_labels_are_counted_and_named(url: str):
+    tar = f"{url}/00009.tar"
+    with pytest.raises(
+        ValueError, match=r"2 of 3 features have no labels.* row 4 of .*9\.tar;"
+    ) as e:
+        read_labels(STORE, url).of([(f"{url}/00000.tar", 1), (tar, 4), (tar, 5)])
     assert "the shards changed after the export: export again" in str(e.value)
 
 
@@ -118,7 +137,7 @@ def test_a_sample_with_other_attributes_than_the_first_is_named(
 def test_attributes_may_stand_in_any_order_and_be_booleans():
     def sample(key: str, attributes: dict[str, Any]) -> dict[str, Any]:
         described = json.dumps({"attributes": attributes}).encode()
-        return {"__key__": key, "__url__": "u", "json": described}
+        return {"__key__": key, "__url__": "u", "__row__": 0, "json": described}
 
     labels = labels_of(
         [sample("a", {"hat": 1, "smiling": 0}), sample("b", {"smiling": True, "hat": False})]
