@@ -254,6 +254,20 @@ class ScheduleConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _alpha_bar_stays_between_zero_and_one(self) -> Self:
+        """In float32, where coefficients would be no numbers otherwise."""
+        rise = (self.beta_end - self.beta_start) / max(1, self.num_timesteps - 1)
+        betas = (self.beta_start + rise * t for t in range(self.num_timesteps))
+        log_alpha_bar = sum(math.log1p(-min(beta, self.beta_end)) for beta in betas)
+        if self.beta_start < 1e-7 or log_alpha_bar < -80:
+            raise ValueError(
+                f"alpha-bar must stay between 0 and 1 in float32, and runs from 1 - "
+                f"{self.beta_start:g} to exp({log_alpha_bar:.0f}): raise beta_start above 1e-7, or "
+                f"lower beta_end {self.beta_end:g}"
+            )
+        return self
+
 
 class BackboneConfig(Section):
     """The frozen, pre-trained denoiser: somebody else's weights, pinned by hash."""

@@ -268,6 +268,18 @@ def test_a_bad_override_is_a_problem_like_any_other(override: str, problem: str)
 # ----------------------------------------------------------------------------- files and round trip
 
 
+def test_a_list_that_is_too_short_and_a_false_truth_value_are_problems_like_any_other():
+    found = problems_of(MINIMAL, "optimizer.betas=[0.9]", "seed=!!bool maybe")
+    assert any("optimizer.betas.1: is required" in problem for problem in found)
+    assert any("'seed=!!bool maybe' has a value" in problem for problem in found)
+    assert "is not YAML" in problems_of("seed: !!bool maybe")[0]
+
+
+def test_a_source_may_not_be_named_like_a_path_of_settings():
+    found = problems_of(MINIMAL, "data.shards=null", "data.sources={my.shards: {shards: a}}")
+    assert any("letters, digits, dashes and underscores" in problem for problem in found), found
+
+
 @pytest.mark.parametrize("path", RUN_FILES, ids=lambda path: path.stem)
 def test_every_run_file_loads_and_states_no_key_twice(path: Path):
     run = load_run(path, BACKBONE if path.stem.endswith(("_diti", "_pdae")) else ())

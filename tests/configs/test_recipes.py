@@ -7,7 +7,7 @@ import torch
 
 import configs
 from configs.loading import ConfigError, load_run
-from configs.schema import DitiTask, RunConfig
+from configs.schema import DitiTask, EncoderConfig, RunConfig
 from pretrain.encoder import make_encoder
 from pretrain.partition import make_partition, published_partition
 from pretrain.run_plan import plan_run
@@ -45,6 +45,9 @@ def test_a_recipe_has_methods_numbers(name: str):
         encoder = make_encoder(task.encoder, image_size_px=run.data.image_size_px)
     assert run.data.image_size_px == size
     assert sum(p.numel() for p in encoder.parameters()) == num_parameters
+    channels = (64, 128, 128, 128) if size == 64 else (64, 128, 256, 256, 256)  # METHOD section 4
+    attention_after = 2 if size == 64 else 3
+    assert task.encoder == EncoderConfig(channels=channels, attention_after=attention_after)
     assert make_partition(task.partition, task.encoder.latent_dim) == partition
     assert (run.train.total_images, run.train.global_batch) == (images, batch)
     assert (task.mode, task.weight, task.snr_gamma) == ("base", "snr", 0.1)

@@ -157,6 +157,8 @@ RESNET10 = MINIMAL["DitiTask"] | {"encoder": {"kind": "resnet10"}}
             "beta_start <= beta_end < 1 must hold, got 0.03 and 0.02",
         ),
         (lambda: make("ScheduleConfig", beta_end=1.0), "beta_end < 1 .* got 0.0001 and 1.0"),
+        (lambda: make("ScheduleConfig", beta_start=1e-8), "raise beta_start above 1e-7"),
+        (lambda: make("ScheduleConfig", beta_end=0.9), r"to exp\(-\d+\).* lower beta_end 0\.9"),
         (
             lambda: make("EncoderConfig", channels=[64, 100, 128, 30]),
             r"multiples of 32 \(GroupNorm\), got \[100, 30\]",

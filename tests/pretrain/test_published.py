@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -711,7 +712,31 @@ def test_a_file_that_would_run_a_command_is_called_that(tmp_path: Path) -> None:
 def test_numbers_that_are_none_are_refused_by_name(tmp_path: Path) -> None:
     state = dict(denoiser_state())
     state["out.2.bias"] = torch.full_like(state["out.2.bias"], torch.nan)
-    refused(write_denoiser(tmp_path, state), "NaN or infinite: out.2.bias")
+    refused(write_denoiser(tmp_path, state), "NaN, infinite or too large", "out.2.bias")
+
+
+@pytest.mark.parametrize(
+    ("bias", "words"),
+    [
+        (torch.full((3,), 1e300, dtype=torch.float64), "too large for float32: out.2.bias"),
+        (torch.ones(3, dtype=torch.int8), "no floating-point numbers: out.2.bias"),
+        (torch.zeros(1).expand(10**4, 10**10), "repeated, without content"),
+    ],
+    ids=["too large", "integers", "repeated"],
+)
+def test_tensors_that_are_no_weights_are_refused_by_name(
+    tmp_path: Path, bias: torch.Tensor, words: str
+) -> None:
+    refused(write_denoiser(tmp_path, dict(denoiser_state()) | {"out.2.bias": bias}), words)
+
+
+def test_a_file_that_was_compressed_afterwards_is_refused_as_that(tmp_path: Path) -> None:
+    source = write_denoiser(tmp_path, denoiser_state())
+    packed = source.with_name("packed.pt")
+    with zipfile.ZipFile(source) as before, zipfile.ZipFile(packed, "w") as after:
+        for entry in before.infolist():
+            after.writestr(entry.filename, before.read(entry), zipfile.ZIP_DEFLATED)
+    refused(packed, "it was compressed after")
 
 
 # ---------------------------------------------------------------------- other runs than the usual

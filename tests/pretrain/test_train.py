@@ -30,7 +30,7 @@ from pretrain.trained import load_diti, load_encoder
 from pretrain.world import World
 from tests.ranks import run_on_ranks
 from tests.tars import headers
-from tests.tiny_run import make_run, make_shards
+from tests.tiny_run import UNET, make_backbone, make_run, make_shards
 from tools.cli import app
 
 STORE = ObjectStore()
@@ -153,6 +153,28 @@ def test_a_run_starts_from_another_ones_average_and_needs_it_no_more_once_it_has
     assert run(config, local_dir=tmp_path).step == 4
     with pytest.raises(checkpoint.CheckpointError, match="source has no complete checkpoint"):
         preflight(config.model_copy(update={"name": "new"}), 1)
+
+
+def test_a_start_out_of_another_run_must_fit_in_what_shapes_do_not_tell(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    source = make_run(STORE, str(tmp_path), *SHORT, "name=source", "train.total_images=8")
+    run(source, local_dir=tmp_path)
+    start = f"task.start_from={run_url(source)}"
+    heads = make_run(STORE, str(tmp_path), *SHORT, start, "task.encoder.num_heads=8")
+    with pytest.raises(ValueError, match=r"its encoder is .*'num_heads': 4.*'num_heads': 8"):
+        preflight(heads, 1)
+    weights = str(tmp_path / "other.safetensors")
+    sha256 = make_backbone(STORE, weights, UNET.model_copy(update={"dropout": 0.1}))
+    other = make_run(
+        STORE, str(tmp_path / "same"), *SHORT, start, f"task.backbone.weights={weights}"
+    )
+    assert other.task.backbone.sha256 == sha256, "the same weights are the same backbone"
+    preflight(other, 1)
+    assert not caplog.messages
+    cut = "task.partition.stage_ends=[50, 200, 1000]"
+    preflight(make_run(STORE, str(tmp_path), *SHORT, start, cut), 1)
+    assert f"{run_url(source)} was trained with another partition than this run" in caplog.messages
 
 
 # --- what a run says about itself -----------------------------------------------------------------
