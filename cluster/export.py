@@ -71,6 +71,7 @@ def export_features(
     checkpoint_url: str | None = None,
     config: ConfigSource | None = None,
     ema: bool = True,
+    on_start: Callable[[TrainedEncoder], None] = lambda encoder: None,
     on_progress: Callable[[QueueState], None] = lambda state: None,
 ) -> FeatureManifest:
     """Encode every image at `shards_url` with a trained encoder, into `out_url`.
@@ -79,6 +80,7 @@ def export_features(
         run_url, step: the encoder of a run of this project, at a step or at its newest checkpoint.
         checkpoint_url, config: instead, that of an authors' file; every worker must reach it.
         ema: the averaged weights; False takes the online ones.
+        on_start: called with the encoder once nothing is left to be refused.
 
     Raises:
         ValueError, OSError: refused before start: no such checkpoint, shards that do not match
@@ -95,6 +97,7 @@ def export_features(
     work = Work(stems, join(out_url, source), ".parquet")
     with ray_session(num_cpus=num_workers):
         _declare_intent(store, out_url, trained, index)
+        on_start(trained)
         name = f"export-{uuid.uuid4().hex[:8]}"
         coordinator = start_coordinator(name, store, (shards_url,), work)
         workers = [_start_worker(store, load, trained.sha256, work) for _ in range(num_workers)]

@@ -52,7 +52,8 @@ def run_demo(folder: Path, overrides: tuple[str, ...] = ()) -> DemoResult:
         console.print(f"S3 server at {server.endpoint_url}, data in {folder / 's3'}")
         _make_data(store)
         with ray_session(num_cpus=NUM_WORKERS):
-            return _train_and_evaluate(store, config, folder)
+            newest, features = _train_and_export(store, config, folder)
+        return _evaluate(store, config, folder, newest, features)
 
 
 def run_beside_s3(folder: Path, command: list[str]) -> int:
@@ -73,7 +74,12 @@ def run_beside_s3(folder: Path, command: list[str]) -> int:
     return done.returncode
 
 
-def _train_and_evaluate(store: ObjectStore, config: RunConfig, folder: Path) -> DemoResult:
+Exported = dict[tuple[Split, int], str]
+"""Features by split and step."""
+
+
+def _train_and_export(store: ObjectStore, config: RunConfig, folder: Path) -> tuple[int, Exported]:
+    """The newest step, and features of it and of step 0."""
     with training_bar("training", config.train.total_images) as show:
         manifest = launch_training(
             config,
@@ -81,21 +87,28 @@ def _train_and_evaluate(store: ObjectStore, config: RunConfig, folder: Path) -> 
             on_start=say_start,
             on_progress=show,
         )
-    features = {
+    return manifest.step, {
         (split, step): _export(store, config, split, step)
         for step in (manifest.step, 0)
         for split in ("val", "test")
     }
-    test_url = features["test", manifest.step]
+
+
+def _evaluate(
+    store: ObjectStore, config: RunConfig, folder: Path, newest: int, features: Exported
+) -> DemoResult:
+    test_url = features["test", newest]
     with working("probing attributes"):
         probes = evaluate_attributes(
             store,
-            train_url=features["val", manifest.step],
+            train_url=features["val", newest],
             test_url=test_url,
             untrained=(features["val", 0], features["test", 0]),
         )
-    with working("computing losses and drawing pictures"):
-        page, losses = make_report(store, run_url=run_url(config), test_url=test_url, probes=probes)
+    with working("reading the run") as say:
+        page, losses = make_report(
+            store, run_url=run_url(config), test_url=test_url, probes=probes, say=say
+        )
     report = folder / "report.html"
     report.write_text(page, encoding="utf-8")
     return DemoResult(report, probes, losses)

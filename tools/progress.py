@@ -10,6 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from cluster.leases import QueueState
 from pretrain.preflight import Preflight
 from pretrain.train import Progress as RankProgress
+from pretrain.trained import TrainedEncoder
 from tools.tables import counted
 
 PLAIN_LINE_SECONDS = 10.0
@@ -60,14 +61,14 @@ def _plain_lines(label: str, total: float) -> Update:
 
 
 @contextmanager
-def working(on: str) -> Iterator[None]:
-    """Says what is being done, where there is nothing to count."""
+def working(on: str) -> Iterator[Callable[[str], None]]:
+    """Says what is being done, where there is nothing to count; the block may say what comes."""
     if not console.is_terminal:
         console.print(on)
-        yield
+        yield console.print
         return
-    with console.status(on):
-        yield
+    with console.status(on) as status:
+        yield status.update
 
 
 @contextmanager
@@ -96,6 +97,11 @@ def shard_bar(label: str) -> Iterator[Callable[[QueueState], None]]:
             update(state.done / max(1, everything), f"{counted(state.done, 'shard')} done")
 
         yield show
+
+
+def say_encoder(encoder: TrainedEncoder) -> None:
+    """Which of a run's checkpoints is exported: a run may go on meanwhile."""
+    console.print(f"encoder of {encoder.checkpoint}", highlight=False)
 
 
 def say_start(found: Preflight) -> None:

@@ -1,5 +1,6 @@
 """`diti report`: one self-contained HTML page about one run."""
 
+from collections.abc import Callable
 from typing import Any
 
 from configs.loading import dump_run
@@ -28,6 +29,7 @@ def make_report(
     run_url: str,
     test_url: str,
     probes: list[ProbeResult],
+    say: Callable[[str], None] = lambda text: None,
 ) -> tuple[str, FourLosses]:
     """The page, and the four losses on it.
 
@@ -35,6 +37,7 @@ def make_report(
         test_url: features of images that nothing was trained on; their shards are read for the
             losses and pictures.
         probes: from `tools.evaluate_attributes`, the whole feature first.
+        say: told what comes next.
 
     Raises:
         ValueError: the features are not of the run's newest checkpoint, or of too few images.
@@ -54,10 +57,13 @@ def make_report(
             f"{len(samples)}; export a larger split"
         )
     images = to_unit(read_pixels(samples, config.data.image_size_px))
+    say("computing losses on unseen images")
     losses = four_losses(model, images[:NUM_LOSS_IMAGES])
     faces_a = images[:NUM_PAIRS]
     faces_b = images[NUM_PAIRS : 2 * NUM_PAIRS]
+    say("drawing interpolations")
     moved = interpolations(model, faces_a, faces_b)
+    say("computing losses by time-step, drawing the page")
     page = {
         "title": config.name,
         "images": f"{manifest.images:,}",

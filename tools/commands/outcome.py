@@ -5,6 +5,8 @@ from contextlib import contextmanager
 
 import typer
 
+REFUSALS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)
+
 
 @contextmanager
 def clear_errors(*, goes_on: bool = False) -> Iterator[None]:
@@ -13,6 +15,31 @@ def clear_errors(*, goes_on: bool = False) -> Iterator[None]:
     Args:
         goes_on: after Ctrl-C, the same command takes up its work where it was.
     """
+    again = "; run the same command again to go on" if goes_on else ""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _end(f"interrupted{again}", 130)
+    except RecursionError:
+        _end("an input is nested too deeply to be read", 2)
+    except REFUSALS as error:
+        _end(str(error), 2)
+    except OSError as error:
+        _end(str(error), 1)
+    except Exception as error:
+        code = _code_of(error)
+        if code is None:
+            raise
+        _end(str(error), code)
+
+
+def _end(message: str, code: int) -> None:
+    typer.echo(f"diti: {message}", err=True)
+    raise typer.Exit(code)
+
+
+def _code_of(error: Exception) -> int | None:
+    """Of errors whose modules are too slow to import before one has happened."""
     from concurrent.futures import BrokenExecutor
 
     from cluster.export import ExportFailedError
@@ -21,7 +48,8 @@ def clear_errors(*, goes_on: bool = False) -> Iterator[None]:
     from cluster.session import ClusterError
     from data_pipelines.local_s3 import LocalS3Error
 
-    refusals = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)
+    if isinstance(error, RunStoppedError):
+        return 130
     failures = (
         RunFailedError,
         ExportFailedError,
@@ -30,21 +58,4 @@ def clear_errors(*, goes_on: bool = False) -> Iterator[None]:
         LocalS3Error,
         BrokenExecutor,
     )
-    try:
-        yield
-    except refusals as error:
-        typer.echo(f"diti: {error}", err=True)
-        raise typer.Exit(2) from error
-    except RecursionError as error:
-        typer.echo("diti: an input is nested too deeply to be read", err=True)
-        raise typer.Exit(2) from error
-    except (*failures, OSError) as error:
-        typer.echo(f"diti: {error}", err=True)
-        raise typer.Exit(1) from error
-    except RunStoppedError as error:
-        typer.echo(f"diti: {error}", err=True)
-        raise typer.Exit(130) from error
-    except KeyboardInterrupt:
-        remedy = "; run the same command again to go on" if goes_on else ""
-        typer.echo(f"diti: interrupted{remedy}", err=True)
-        raise typer.Exit(130) from None
+    return 1 if isinstance(error, failures) else None

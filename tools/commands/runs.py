@@ -77,14 +77,17 @@ def train(
     Example: diti train configs/runs/demo.yaml data.shards=data/avatars/train output=runs
     """
     with clear_errors(goes_on=True):
-        from configs.loading import load_run
-        from data_pipelines.object_store import absolute
-        from pretrain.preflight import run_url
+        from configs.loading import load_run  # a wrong file is refused before all else is imported
 
         changes = list(overrides or ())
         if checkpoint is not None:
+            from data_pipelines.object_store import absolute
+
             changes.append(f"task.start_from={json.dumps(absolute(checkpoint))}")
         config = load_run(run_file, tuple(changes))
+
+        from pretrain.preflight import run_url
+
         manifest = launch(config, local_dir, from_step, tuple(allow_change or ()))
         typer.echo(f"{run_url(config)}: {manifest.images} images, {manifest.name} complete")
 
@@ -112,7 +115,7 @@ def export(
     with clear_errors(goes_on=True):
         from cluster.export import export_features
         from data_pipelines.object_store import ObjectStore
-        from tools.progress import shard_bar
+        from tools.progress import say_encoder, shard_bar
 
         with shard_bar("export") as show:
             manifest = export_features(
@@ -125,6 +128,7 @@ def export(
                 shards_url=shards,
                 out_url=out,
                 num_workers=workers,
+                on_start=say_encoder,
                 on_progress=show,
             )
         typer.echo(f"{counted(manifest.rows, 'row')} of {manifest.checkpoint} at {out}")
@@ -157,8 +161,10 @@ def report(
             probes = evaluate_attributes(
                 store, train_url=train_features, test_url=test_features, untrained=untrained
             )
-        with working("computing losses and drawing pictures"):
-            page, losses = make_report(store, run_url=run, test_url=test_features, probes=probes)
+        with working("reading the run") as say:
+            page, losses = make_report(
+                store, run_url=run, test_url=test_features, probes=probes, say=say
+            )
         out.write_text(page, encoding="utf-8")
         print_losses(losses)
         typer.echo(f"report: {out.resolve()}")
