@@ -44,7 +44,9 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def interrupt(process: subprocess.Popen[str], number: signal.Signals) -> str:
+def interrupt(
+    process: subprocess.Popen[str], number: signal.Signals, says: str = "diti: interrupted"
+) -> str:
     """Send a signal; nothing of the process's family may be left. Returns what it had printed."""
     family = psutil.Process(process.pid).children(recursive=True)
     assert family, "it has started nothing yet: the test proves nothing"
@@ -54,7 +56,7 @@ def interrupt(process: subprocess.Popen[str], number: signal.Signals) -> str:
         os.kill(process.pid, number)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
-    assert "diti: interrupted" in errors
+    assert says in errors
     assert "Traceback" not in errors
     _, alive = psutil.wait_procs(family, timeout=20)
     assert not alive, [p.cmdline() for p in alive if p.is_running()]
@@ -97,8 +99,13 @@ def test_a_run_interrupted_twice_on_relative_paths_leaves_no_process_and_resumes
     process = start(tmp_path, *command)
     before = len(checkpoint.complete_steps(STORE, folder))
     wait_until(lambda: len(checkpoint.complete_steps(STORE, folder)) > before, process)
-    assert "going on from step" in interrupt(process, signal.SIGTERM)
+    steps = checkpoint.complete_steps(STORE, folder)
+    said = interrupt(process, signal.SIGTERM, says="'tiny' was asked to stop: step-")
+    assert "going on from step" in said
 
+    stopped_at = checkpoint.find(STORE, folder, None)
+    assert stopped_at.step > steps[-1], "it has published what it had done"
+    assert f"asked to stop: {stopped_at.name} is complete; run the same command again" in said
     steps = checkpoint.complete_steps(STORE, folder)
     total = (steps[-1] + 2) * run.train.global_batch
     again = start(tmp_path, *command, f"train.total_images={total}")
