@@ -98,7 +98,7 @@ def preflight(config: RunConfig, world_size: int, allow_change: Sequence[str] = 
     store = open_store(config)
     store.check_access(run_url(config), write=True)
     index = read_sets(store, config.data.folders)
-    sample_order(config, index)
+    _warn_of_rounding(sample_order(config, index), config.data.weights)
     _check_machine(config)
     _check_listing(config, store, index)
     if config.train.global_batch > index.num_samples:
@@ -127,6 +127,22 @@ def preflight(config: RunConfig, world_size: int, allow_change: Sequence[str] = 
     changed = tuple(changed_settings(newest, config))
     _warn_of_decay(newest, config)
     return Preflight(index, plan, newest.step, changed)
+
+
+def _warn_of_rounding(order: Order, weights: Sequence[float]) -> None:
+    """Weights are rounded to whole lanes; that may be far from what was asked for."""
+    if isinstance(order, SampleMix):
+        asked = [weight / sum(weights) for weight in weights]
+        found = [count / order.lanes for count in order.lane_counts]
+        if any(abs(a - b) > 0.05 * a for a, b in zip(asked, found, strict=True)):
+            _log.warning(
+                "the weights of data.sources become %s of %d lanes, so their shares are %s instead "
+                "of %s; more data.lanes come nearer",
+                ", ".join(map(str, order.lane_counts)),
+                order.lanes,
+                ", ".join(f"{share:.1%}" for share in found),
+                ", ".join(f"{share:.1%}" for share in asked),
+            )
 
 
 def _warn_of_decay(newest: checkpoint.Manifest, config: RunConfig) -> None:

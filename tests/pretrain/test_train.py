@@ -393,6 +393,18 @@ def test_a_shard_missing_from_one_of_the_sources_is_named_with_its_folder(tmp_pa
         preflight(config, 1)
 
 
+def test_weights_that_lanes_round_far_off_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    config = with_sources(make_run(STORE, str(tmp_path), *SHORT), tmp_path)
+    preflight(config, 1)
+    assert not caplog.messages, "3 to 1 in eight lanes is exact"
+    preflight(config.model_copy(update={"data": config.data.model_copy(update={"lanes": 3})}), 1)
+    [said] = caplog.messages
+    assert "become 2, 1 of 3 lanes" in said
+    assert "66.7%, 33.3% instead of 75.0%, 25.0%" in said
+
+
 def test_a_weight_below_one_lane_is_refused_before_the_start(tmp_path: Path):
     config = with_sources(make_run(STORE, str(tmp_path), *SHORT, "data.lanes=1"), tmp_path)
     with pytest.raises(ValueError, match=r"without any of 1 lanes; use at least data\.lanes=4"):
