@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from configs.schema import EngineConfig, OptimizerConfig, TrainConfig
+from configs.schema import EngineConfig, OptimizerConfig, RunConfig, TrainConfig
 from data_pipelines.object_store import ObjectStore
 from pretrain.diti import DiTi
 from pretrain.ema import Ema
@@ -23,17 +23,26 @@ from tests.tiny_run import make_run
 TRAIN = TrainConfig(total_images=64, global_batch=8, checkpoint_every_images=8, max_micro_batch=4)
 
 
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    return make_run(ObjectStore(), str(tmp_path_factory.mktemp("run")))
+
+
 def make_engine(
-    tmp_path, world: World, *, stage: int, precision: str = "fp32", offload_optimizer: bool = False
+    config: RunConfig,
+    world: World,
+    *,
+    stage: int,
+    precision: str = "fp32",
+    offload_optimizer: bool = False,
 ):
     torch.manual_seed(0)
-    store = ObjectStore()
-    config = make_run(store, str(tmp_path), f"engine.precision={precision}")
-    model, _ = build_model(config, store, world.device)
-    assert isinstance(model, DiTi)
     engine = EngineConfig(
         zero_stage=stage, precision=precision, offload_optimizer=offload_optimizer
     )
+    config = config.model_copy(update={"engine": engine})
+    model, _ = build_model(config, ObjectStore(), world.device)
+    assert isinstance(model, DiTi)
     optimizer = OptimizerConfig(learning_rate=1e-3, clip_norm=1.0)
     return model, Engine(model, engine, optimizer, plan_run(TRAIN, 1), world)
 
@@ -56,9 +65,9 @@ def micro_batches(step: int) -> list[tuple[torch.Tensor, ...]]:
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_training_moves_the_trainable_part_and_not_one_byte_of_the_backbone(
-    tmp_path, world: World, stage: int
+    config: RunConfig, world: World, stage: int
 ) -> None:
-    model, engine = make_engine(tmp_path, world, stage=stage)
+    model, engine = make_engine(config, world, stage=stage)
     frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad}
     assert all(name.startswith("decoder.backbone.") for name in frozen)
     before = None if stage == 3 else digest_of(model.decoder.backbone)
@@ -74,17 +83,17 @@ def test_training_moves_the_trainable_part_and_not_one_byte_of_the_backbone(
     assert all(p.grad is None for p in frozen.values())
 
 
-def test_stages_agree_in_fp32(tmp_path, world: World) -> None:
+def test_stages_agree_in_fp32(config: RunConfig, world: World) -> None:
     curves = {}
     for stage in (0, 1, 2, 3):
-        _, engine = make_engine(tmp_path / str(stage), world, stage=stage)
+        _, engine = make_engine(config, world, stage=stage)
         curves[stage] = [engine.step(1e-3, micro_batches(step)).item() for step in range(4)]
     for stage, curve in curves.items():
         assert curve == pytest.approx(curves[0], rel=1e-5), stage
 
 
-def test_bf16_trains(tmp_path, world: World) -> None:
-    _, engine = make_engine(tmp_path, world, stage=2, precision="bf16")
+def test_bf16_trains(config: RunConfig, world: World) -> None:
+    _, engine = make_engine(config, world, stage=2, precision="bf16")
     losses = [engine.step(1e-3, micro_batches(0)).item() for _ in range(4)]
     assert losses[-1] < losses[0]
 
@@ -93,9 +102,9 @@ def test_bf16_trains(tmp_path, world: World) -> None:
     ("stage", "precision"), [(0, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16")]
 )
 def test_ema_follows_its_formula_in_float32(
-    tmp_path, world: World, stage: int, precision: str
+    config: RunConfig, world: World, stage: int, precision: str
 ) -> None:
-    _, engine = make_engine(tmp_path, world, stage=stage, precision=precision)
+    _, engine = make_engine(config, world, stage=stage, precision=precision)
     ema = Ema([piece.weights for piece in engine.pieces], decay=0.75)
     expected = weights_of(engine)
     for step in range(2):
@@ -110,9 +119,9 @@ def test_ema_follows_its_formula_in_float32(
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_pieces_are_the_whole_trained_part_and_alive(
-    tmp_path, world: World, stage: int, precision: str
+    config: RunConfig, world: World, stage: int, precision: str
 ) -> None:
-    model, engine = make_engine(tmp_path, world, stage=stage, precision=precision)
+    model, engine = make_engine(config, world, stage=stage, precision=precision)
     assert sum(p.weights.numel() for p in engine.pieces) == sum(map(prod, engine.shapes.values()))
     assert all(p.weights.dtype == torch.float32 for p in engine.pieces)
     before = {piece.place: piece.weights.clone() for piece in engine.pieces}
@@ -133,10 +142,10 @@ def test_pieces_are_the_whole_trained_part_and_alive(
     [(2, "fp32", False), (3, "fp32", True), (0, "bf16", False), (1, "bf16", False)],
 )
 def test_state_of_any_stage_goes_on_under_any_other_to_the_last_bit(
-    tmp_path, world: World, stage: int, precision: str, offload: bool
+    config: RunConfig, world: World, stage: int, precision: str, offload: bool
 ) -> None:
     """In one process; over several ranks only the order of summation differs."""
-    _, engine = make_engine(tmp_path / "a", world, stage=2, precision=precision)
+    _, engine = make_engine(config, world, stage=2, precision=precision)
     engine.step(1e-3, micro_batches(0))
     kept = {
         kind: pack([p.place for p in engine.pieces], [getattr(p, kind) for p in engine.pieces])
@@ -145,7 +154,7 @@ def test_state_of_any_stage_goes_on_under_any_other_to_the_last_bit(
     counters = engine.counters()
     undisturbed = [engine.step(1e-3, micro_batches(step)).item() for step in (1, 2)]
     _, fresh = make_engine(
-        tmp_path / "b", world, stage=stage, precision=precision, offload_optimizer=offload
+        config, world, stage=stage, precision=precision, offload_optimizer=offload
     )
     for kind, packed in kept.items():
         fill_pieces(fresh.pieces, kind, [getattr(p, kind) for p in fresh.pieces], iter([packed]))
