@@ -18,7 +18,7 @@ class RunPlan:
     """Forward passes per step."""
     total_steps: int
     checkpoint_every_steps: int
-    keep_every_steps: int | None
+    keep_every_steps: int | None = None
     """Of complete checkpoints; None where only the newest stay."""
 
     def publishes_at(self, step: int) -> bool:

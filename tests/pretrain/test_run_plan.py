@@ -93,6 +93,8 @@ def test_checkpoints_are_published_at_the_start_regularly_and_at_the_end():
     ]
     rare = plan_run(train(checkpoint_every_images=10**9), 1)
     assert [step for step in range(43) if rare.publishes_at(step)] == [0, 42]
+    kept = plan_run(train(keep_last=2, keep_every_images=10**9), 1)
+    assert (kept.keep_every_steps, plan.keep_every_steps) == (41_666_667, None)
     exact = RunPlan(1, 1, 1, total_steps=4, checkpoint_every_steps=2)
     assert [step for step in range(5) if exact.publishes_at(step)] == [0, 2, 4]
 
