@@ -127,7 +127,9 @@ class Publisher:
                 self._outcome = manifest
                 self._thin_out()
         except Exception as error:  # noqa: BLE001 (handed to the training thread by `settle`)
-            if self._outcome is None:
+            if not self._world.is_first:
+                _log.warning("rank %d's part of %s: %s", self._world.rank, manifest.name, error)
+            elif self._outcome is None:
                 self._outcome = _plain(error)
             else:
                 _log.warning("old checkpoints could not be thinned out: %s", error)
