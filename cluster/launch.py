@@ -69,26 +69,25 @@ def launch_training(
         RunStoppedError: SIGTERM, or somebody through the coordinator, has asked it to stop.
     """
     config = _with_absolute_paths(config)
+    store = open_store(config)
     if from_step is not None:
-        checkpoint.go_back(open_store(config), run_url(config), from_step)
+        checkpoint.go_back(store, run_url(config), from_step)
     found = preflight(config, config.cluster.num_workers, allow_change)
-    collect_orphans(open_store(config), run_url(config))
+    collect_orphans(store, run_url(config))
     on_start(found)
     cluster = config.cluster
     with ray_session(
         num_cpus=cluster.num_workers * cluster.cpus_per_worker,
         num_gpus=cluster.num_workers if cluster.use_gpu else 0,
     ):
-        coordinator = start_coordinator(
-            _coordinator_name(config), open_store(config), config.data.folders
-        )
+        coordinator = start_coordinator(_coordinator_name(config), store, config.data.folders)
         result_of(coordinator.index.remote())
         watching = _watch(coordinator, on_progress)
         try:
             stopping = _stops_when_terminated(coordinator, config.cluster.stop_seconds)
             with interrupts_raised(signal.SIGINT), stopping:
                 _trainer(config, local_dir, allow_change).fit()
-            manifest = checkpoint.find(open_store(config), run_url(config), None)
+            manifest = checkpoint.find(store, run_url(config), None)
         except (TrainingFailedError, StoreError) as error:
             raise RunFailedError(_explain(config, error)) from error
         finally:
@@ -137,7 +136,7 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"output": absolute(config.output), "data": data, "task": task})
 
 
-def _trainer(config: RunConfig, local_dir: Path, allow_change: Sequence[str] = ()) -> TorchTrainer:
+def _trainer(config: RunConfig, local_dir: Path, allow_change: Sequence[str]) -> TorchTrainer:
     cluster = config.cluster
     # OMP_NUM_THREADS is Ray's default of 1 per worker unless it is told how many it may use.
     environment = {"OMP_NUM_THREADS": str(cluster.cpus_per_worker)}

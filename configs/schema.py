@@ -570,7 +570,7 @@ class ClusterConfig(Section):
     resize_seconds: PositiveFloat = 60.0
     """With `min_workers`: how often to look whether the cluster has room for more workers."""
     stall_seconds: PositiveFloat = 300.0
-    """A rank that others have waited for this long fails the worker group, and is named."""
+    """A collective that waits this long for a rank fails the worker group, which is restarted."""
     stop_seconds: PositiveFloat = 60.0
     """After SIGTERM, how long the run has to publish a checkpoint before it is ended."""
 

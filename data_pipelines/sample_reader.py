@@ -80,7 +80,7 @@ def read_shard(store: ObjectStore, shard: Shard) -> list[Sample]:
 
 
 def read_sample(
-    store: ObjectStore, url: str, table: MemberTable, row: int, extensions: Sequence[str] | None
+    store: ObjectStore, url: str, table: MemberTable, row: int, extensions: Sequence[str]
 ) -> Sample:
     """One raw sample of the tar at `url`, with those of its members that have these extensions.
 
@@ -100,7 +100,7 @@ def read_sample(
 def _read_members_of(
     store: ObjectStore, url: str, table: MemberTable, row: int, extensions: Sequence[str]
 ) -> Sample:
-    sample: Sample = {}
+    sample = member_sample(table, row, url, b"", 0, ())
     for extension in extensions:
         start, end = row_span(table, row, row + 1, [extension])
         if end - start > MAX_MEMBER_BYTES:
@@ -299,7 +299,7 @@ class PositionedSamples:
         extensions = members.those_of(self._extensions)
         try:
             window, base = content.result()
-            if window or not extensions:
+            if window:
                 return member_sample(members, row, shard.url, window, base, extensions)
         except (ShardMismatchError, ObjectTooShortError):
             pass

@@ -90,7 +90,7 @@ def checkpoints_url(run_url: str) -> str:
 
 def parts_url(run_url: str, manifest: Manifest) -> str:
     """Folder of a checkpoint's files."""
-    return join(run_url, "checkpoints", manifest.name, manifest.parts)
+    return join(checkpoints_url(run_url), manifest.name, manifest.parts)
 
 
 def piece_file(kind: str, rank: int) -> str:

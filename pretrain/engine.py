@@ -45,7 +45,7 @@ class Engine:
             keep_freed_memory()
         self.zero_stage = engine.zero_stage
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.shapes = {name: tuple(p.shape) for name, p in self.trainable.items()}
+        self.shapes = {name: list(p.shape) for name, p in self.trainable.items()}
         self.buffers = dict(model.named_buffers())  # BatchNorm's; nothing else here has any
         self._adam = torch.optim.AdamW(
             list(self.trainable.values()),
@@ -78,11 +78,12 @@ class Engine:
         return torch.stack(losses).mean()
 
     @property
-    def saved_pieces(self) -> list[Piece]:
-        """What this rank puts into a checkpoint: its pieces, or its turn of those that all have."""
-        if self.zero_stage:
-            return self.pieces
-        return self.pieces[dist.get_rank() :: dist.get_world_size()]
+    def saves(self) -> slice:
+        """Which of its pieces this rank puts into a checkpoint: all, or its turn of those that
+        every rank has."""
+        return (
+            slice(None) if self.zero_stage else slice(dist.get_rank(), None, dist.get_world_size())
+        )
 
     def average_buffers(self) -> None:
         """Give every rank the mean over ranks of BatchNorm's averages.

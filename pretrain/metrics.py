@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from configs.schema import RunConfig
+from pretrain.journal import Journal
 from pretrain.preflight import run_url
 from pretrain.world import World
 
@@ -22,8 +23,7 @@ class MetricsLog:
 
     def __init__(self, config: RunConfig, local_dir: Path, world: World) -> None:
         self._keeps = world.is_first
-        self._lines: list[str] = []
-        self._taken = 0
+        self.journal = Journal()
         self._wandb: Any = None
         if self._keeps and config.wandb.mode != "disabled":
             import wandb
@@ -50,16 +50,6 @@ class MetricsLog:
     def record(self, values: dict[str, float]) -> None:
         """Keep one line, which must hold `step`, for the next checkpoint; send it to wandb."""
         if self._keeps:
-            self._lines.append(json.dumps(values))
+            self.journal.add([json.dumps(values)])
         if self._wandb is not None:
             self._wandb.log(values, step=int(values["step"]))
-
-    def taken(self) -> str:
-        """The lines kept so far, which a checkpoint takes along."""
-        self._taken = len(self._lines)
-        return "".join(line + "\n" for line in self._lines)
-
-    def forget_taken(self) -> None:
-        """That checkpoint is complete."""
-        del self._lines[: self._taken]
-        self._taken = 0

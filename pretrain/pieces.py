@@ -5,7 +5,7 @@ holds such ranges under their place (`NAME@START`), so it does not matter how ma
 under which ZeRO stage: whoever loads it asks for the ranges that it owns now.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -46,44 +46,13 @@ def pack(places: Sequence[str], tensors: Sequence[Tensor]) -> bytes:
     return save_safetensors(dict(zip(places, tensors, strict=True)))
 
 
-class Ranges:
-    """Flat ranges of named tensors out of any number of packed files.
+@dataclass(slots=True)
+class _Hole:
+    """A tensor to fill with numbers [start, start + len) of a named one, and what is missing."""
 
-    Raises:
-        PiecesError: a place cannot be read, or ranges overlap.
-    """
-
-    def __init__(self) -> None:
-        self._of_name: dict[str, list[tuple[int, Tensor]]] = {}
-
-    def add(self, packed: bytes) -> None:
-        for place, tensor in load_safetensors(packed).items():
-            name, mark, start = place.rpartition("@")
-            if not mark or not start.isdecimal() or tensor.dim() != 1:
-                raise PiecesError(
-                    f"{place!r} of shape {tuple(tensor.shape)} is no place of a piece"
-                )
-            self._of_name.setdefault(name, []).append((int(start), tensor))
-
-    @property
-    def names(self) -> set[str]:
-        return set(self._of_name)
-
-    def fill(self, out: Tensor, name: str, start: int) -> bool:
-        """Copy what there is of numbers [start, start + len(out)) of a tensor; whether it is all.
-
-        Raises:
-            PiecesError: two ranges claim the same number.
-        """
-        end, filled = start + out.numel(), 0
-        for first, tensor in self._of_name.get(name, ()):
-            low, high = max(start, first), min(end, first + tensor.numel())
-            if low < high:
-                out[low - start : high - start].copy_(tensor[low - first : high - first])
-                filled += high - low
-        if filled > out.numel():
-            raise PiecesError(f"numbers [{start}, {end}) of {name} are there more than once")
-        return filled == out.numel()
+    start: int
+    out: Tensor
+    missing: int
 
 
 def assemble(files: Iterable[bytes], shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
@@ -92,37 +61,59 @@ def assemble(files: Iterable[bytes], shapes: Mapping[str, Sequence[int]]) -> dic
     Raises:
         PiecesError: names are missing or extra, or a tensor is not whole.
     """
-    ranges = Ranges()
+    flat = {name: torch.empty(prod(shape)) for name, shape in shapes.items()}
+    holes = {name: [_Hole(0, out, out.numel())] for name, out in flat.items()}
+    names: set[str] = set()
     for packed in files:
-        ranges.add(packed)
-    if ranges.names != set(shapes):
-        raise PiecesError(f"other names than expected: {sorted(ranges.names ^ set(shapes))[:5]}")
-    return {name: _whole(ranges, name, shape) for name, shape in shapes.items()}
+        names |= _copy(packed, holes)
+    if names != set(shapes):
+        raise PiecesError(f"other names than expected: {sorted(names ^ set(shapes))[:5]}")
+    _check_whole(holes)
+    return {name: flat[name].reshape(tuple(shape)) for name, shape in shapes.items()}
 
 
-def _whole(ranges: Ranges, name: str, shape: Sequence[int]) -> Tensor:
-    out = torch.empty(prod(shape))
-    if not ranges.fill(out, name, 0):
-        raise PiecesError(f"{name} of shape {tuple(shape)} is not whole")
-    return out.reshape(tuple(shape))
-
-
-def fill_pieces(
-    pieces: Sequence[Piece], kind: str, targets: Sequence[Tensor], files: Iterator[bytes]
-) -> None:
-    """Fill each piece's tensor of a kind from packed files, reading no more files than it takes.
+def fill_pieces(pieces: Sequence[Piece], targets: Sequence[Tensor], files: Iterable[bytes]) -> None:
+    """Fill each piece's target from packed files, reading no more of them than it takes.
 
     Raises:
         PiecesError: after the last file a piece is not whole.
     """
-    ranges, missing = Ranges(), list(zip(pieces, targets, strict=True))
-    while missing:
-        packed = next(files, None)
-        if packed is None:
-            raise PiecesError(f"{kind} of {missing[0][0].place} is not there in whole")
-        ranges.add(packed)
-        missing = [
-            (piece, target)
-            for piece, target in missing
-            if not ranges.fill(target, piece.name, piece.start)
-        ]
+    holes: dict[str, list[_Hole]] = {}
+    for piece, out in zip(pieces, targets, strict=True):
+        holes.setdefault(piece.name, []).append(_Hole(piece.start, out, out.numel()))
+    for packed in files:
+        _copy(packed, holes)
+        if not any(hole.missing for of_name in holes.values() for hole in of_name):
+            return
+    _check_whole(holes)
+
+
+def _copy(packed: bytes, holes: Mapping[str, list[_Hole]]) -> set[str]:
+    """Copy out of one file what there are holes for; the names in it.
+
+    Raises:
+        PiecesError: a place cannot be read, or a number is there more than once.
+    """
+    names = set()
+    for place, tensor in load_safetensors(packed).items():
+        name, mark, first = place.rpartition("@")
+        if not mark or not first.isdecimal() or tensor.dim() != 1:
+            raise PiecesError(f"{place!r} of shape {tuple(tensor.shape)} is no place of a piece")
+        names.add(name)
+        for hole in holes.get(name, ()):
+            low = max(hole.start, int(first))
+            high = min(hole.start + hole.out.numel(), int(first) + tensor.numel())
+            if low < high:
+                part = tensor[low - int(first) : high - int(first)]
+                hole.out[low - hole.start : high - hole.start].copy_(part)
+                hole.missing -= high - low
+            if hole.missing < 0:
+                raise PiecesError(f"numbers of {name} are there more than once")
+    return names
+
+
+def _check_whole(holes: Mapping[str, list[_Hole]]) -> None:
+    for name, of_name in holes.items():
+        for hole in of_name:
+            if hole.missing:
+                raise PiecesError(f"{name}@{hole.start} is not whole: {hole.missing} are missing")

@@ -28,6 +28,7 @@ from pretrain.checkpoint import (
     Manifest,
     checkpoints_url,
     complete_steps,
+    parts_url,
     read_manifest,
     to_json,
 )
@@ -135,7 +136,7 @@ class Publisher:
                 _log.warning("old checkpoints could not be thinned out: %s", error)
 
     def _upload(self, manifest: Manifest, files: list[File]) -> None:
-        where = self._parts(manifest)
+        where = parts_url(self._run_url, manifest)
         listing = {}
         while files:
             name, make = files.pop(0)
@@ -147,7 +148,7 @@ class Publisher:
 
     def _everything(self, manifest: Manifest, until: float) -> dict[str, tuple[int, str]]:
         """Every rank's files, once they are in the store as they were sent."""
-        where = self._parts(manifest)
+        where = parts_url(self._run_url, manifest)
         wanted = {join(where, _listing_name(rank)) for rank in range(self._world.size)}
         while wanted - (there := {i.url: i.size_bytes for i in self._store.list(where)}).keys():
             if time.monotonic() > until:
@@ -170,7 +171,7 @@ class Publisher:
         return files
 
     def _commit(self, manifest: Manifest) -> None:
-        if self.current_attempt() != self._attempt:
+        if self._current_attempt() != self._attempt:
             raise SupersededError(
                 f"another attempt of the run at {self._run_url} has started: {manifest.name} of "
                 f"this one is not published"
@@ -180,15 +181,12 @@ class Publisher:
         latest = join(checkpoints_url(self._run_url), "latest.json")
         self._store.write(latest, to_json({"name": manifest.name}))
 
-    def current_attempt(self) -> str | None:
+    def _current_attempt(self) -> str | None:
         """Who may publish, as the store says."""
         try:
             return json.loads(self._store.read(self._attempt_url))["attempt"]
         except ObjectMissingError:
             return None
-
-    def _parts(self, manifest: Manifest) -> str:
-        return join(checkpoints_url(self._run_url), manifest.name, manifest.parts)
 
     # --- what is not kept -----------------------------------------------------------------------
 
@@ -201,7 +199,7 @@ class Publisher:
             self._store.write(join(folder, HISTORY_NAME), to_json(manifest))
             self._store.delete(join(folder, MANIFEST_NAME))
             for kind in KINDS:
-                self._store.delete_prefix(join(self._parts(manifest), kind))
+                self._store.delete_prefix(join(parts_url(self._run_url, manifest), kind))
 
 
 def collect_orphans(store: ObjectStore, run_url: str) -> int:

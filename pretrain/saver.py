@@ -17,10 +17,11 @@ from data_pipelines.object_store import ObjectStore, join
 from data_pipelines.sample_stream import Batch
 from data_pipelines.shard_index import ShardIndex
 from pretrain import checkpoint
-from pretrain.backbone import Backbone
+from pretrain.backbone import Backbone, state_problems
 from pretrain.ema import Ema
 from pretrain.engine import Engine
 from pretrain.error_budget import ErrorBudget
+from pretrain.journal import Journal
 from pretrain.metrics import MetricsLog
 from pretrain.pieces import KINDS, Piece, PiecesError, fill_pieces, pack
 from pretrain.preflight import run_url
@@ -57,8 +58,7 @@ class Saver:
         self.backbone_card_sha256 = backbone and backbone.card_sha256
         self.newest = newest
         self.run_url = run_url(config)
-        self._samples: list[str] = []
-        self._taken = 0
+        self._samples = Journal()
         self._failure: Exception | None = None
         self._publisher = Publisher(
             store,
@@ -101,23 +101,17 @@ class Saver:
             backbone_card_sha256=self.backbone_card_sha256,
             allow_change=allow_change,
         )
-        shapes = {name: list(shape) for name, shape in engine.shapes.items()}
-        if manifest.shapes != shapes:
-            different = sorted(
-                name
-                for name in manifest.shapes.keys() | shapes.keys()
-                if manifest.shapes.get(name) != shapes.get(name)
-            )
+        if problems := state_problems(manifest.shapes, engine.shapes):
             raise checkpoint.CheckpointError(
                 f"checkpoint {manifest.name} of {self.run_url} holds other tensors than this "
-                f"model: {different[:5]}"
+                f"model: {problems}"
             )
         try:
             for kind in KINDS:
                 files = checkpoint.read_pieces(
                     self.store, self.run_url, manifest, kind, first=self.world.rank
                 )
-                fill_pieces(engine.pieces, kind, _tensors(kind, engine.pieces, ema), files)
+                fill_pieces(engine.pieces, _tensors(kind, engine.pieces, ema), files)
         except (PiecesError, SafetensorError) as error:
             raise checkpoint.CheckpointError(
                 f"checkpoint {manifest.name} of {self.run_url} cannot be used: {error}; use an "
@@ -130,10 +124,10 @@ class Saver:
 
     def note(self, batch: Batch) -> None:
         """A batch that is being trained on."""
-        self._samples += [
-            f"{position}\t{key}\n"
+        self._samples.add(
+            f"{position}\t{key}"
             for position, key in zip(batch.positions.tolist(), batch.keys, strict=True)
-        ]
+        )
 
     def publish(
         self, step: int, engine: Engine, ema: Ema, metrics: MetricsLog, budget: ErrorBudget
@@ -152,7 +146,7 @@ class Saver:
             backbone_card_sha256=self.backbone_card_sha256,
             world_size=self.world.size,
             code_version=version("diti-pretrain"),
-            shapes={name: list(shape) for name, shape in engine.shapes.items()},
+            shapes=engine.shapes,
             counters=engine.counters(),
             files={},
             bad_samples=dict(budget.counts),
@@ -170,8 +164,8 @@ class Saver:
         match self._publisher.settle(wait=wait):
             case checkpoint.Manifest() as manifest:
                 self.newest = manifest
-                del self._samples[: self._taken]
-                metrics.forget_taken()
+                self._samples.forget_taken()
+                metrics.journal.forget_taken()
             case SupersededError() as error:
                 raise error
             case Exception() as error:
@@ -198,17 +192,14 @@ class Saver:
     ) -> Iterator[File]:
         """This rank's; tensors are copied here, on the step path, and packed by the publisher."""
         rank = self.world.rank
-        pieces = engine.saved_pieces
-        places = [piece.place for piece in pieces]
-        average = dict(zip([p.place for p in engine.pieces], ema.tensors, strict=True))
+        places = [piece.place for piece in engine.pieces[engine.saves]]
         for kind in KINDS:
-            live = [average[p] for p in places] if kind == "ema" else _tensors(kind, pieces, ema)
+            live = _tensors(kind, engine.pieces, ema)[engine.saves]
             copies = [tensor.to("cpu", copy=True) for tensor in live]
             yield checkpoint.piece_file(kind, rank), partial(pack, places, copies)
-        self._taken = len(self._samples)
-        yield f"samples-{rank:05d}.tsv", "".join(self._samples).encode
+        yield f"samples-{rank:05d}.tsv", self._samples.take().encode
         if self.world.is_first:
-            yield checkpoint.METRICS_NAME, metrics.taken().encode
+            yield checkpoint.METRICS_NAME, metrics.journal.take().encode
             yield checkpoint.RUN_NAME, dump_run(self.config).encode
             if engine.buffers:
                 buffers = {name: b.to("cpu", copy=True) for name, b in engine.buffers.items()}

@@ -1,9 +1,12 @@
 """`diti eval attributes`: what can be read from features, beside what needs no training."""
 
-from data_pipelines.feature_store import FeatureManifest, read_features, read_manifest
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipelines.feature_store import FeatureManifest, Features, read_features, read_manifest
 from data_pipelines.object_store import ObjectStore
 from tools.attribute_probe import ProbeResult, probe, probe_features
-from tools.labels import labels_of, places_of, read_pixels, read_source
+from tools.labels import Labels, labels_of, places_of, read_pixels, read_source
 
 
 def evaluate_attributes(
@@ -43,17 +46,11 @@ def evaluate_attributes(
             f"{train_url} and {test_url} come from shards that are labelled with different "
             f"attributes: {sorted(set(attributes) ^ set(labels[1].names))}"
         )
-    rows = [
-        each.of(places_of(manifest, half))
-        for each, manifest, half in zip(labels, manifests, halves, strict=True)
-    ]
+    rows = _rows_of(labels, manifests, halves)
     results = probe_features(halves[0], rows[0], halves[1], rows[1], attributes)
     if untrained:
         others = [read_features(store, url) for url in untrained]
-        rows = [
-            each.of(places_of(manifest, half))
-            for each, manifest, half in zip(labels, untrained_manifests, others, strict=True)
-        ]
+        rows = _rows_of(labels, untrained_manifests, others)
         values = [half.values for half in others]
         results.append(
             probe("untrained encoder", values[0], rows[0], values[1], rows[1], attributes)
@@ -72,6 +69,16 @@ def evaluate_attributes(
             )
         )
     return results
+
+
+def _rows_of(
+    labels: list[Labels], manifests: list[FeatureManifest], halves: list[Features]
+) -> list[NDArray[np.int8]]:
+    """Labels of both halves in the order of their features."""
+    return [
+        each.of(places_of(manifest, half))
+        for each, manifest, half in zip(labels, manifests, halves, strict=True)
+    ]
 
 
 def _read_halves(store: ObjectStore, urls: tuple[str, str]) -> list[FeatureManifest]:

@@ -157,7 +157,7 @@ def test_state_of_any_stage_goes_on_under_any_other_to_the_last_bit(
         config, world, stage=stage, precision=precision, offload_optimizer=offload
     )
     for kind, packed in kept.items():
-        fill_pieces(fresh.pieces, kind, [getattr(p, kind) for p in fresh.pieces], iter([packed]))
+        fill_pieces(fresh.pieces, [getattr(p, kind) for p in fresh.pieces], [packed])
     fresh.restore(counters)
     found = [fresh.step(1e-3, micro_batches(step)).item() for step in (1, 2)]
     # bf16: stages 0 and 1 add micro-batches' gradients in float32, stage 2 in bf16.

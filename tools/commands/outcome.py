@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 import typer
 
@@ -33,7 +34,7 @@ def clear_errors(*, goes_on: bool = False) -> Iterator[None]:
         _end(str(error), code)
 
 
-def _end(message: str, code: int) -> None:
+def _end(message: str, code: int) -> NoReturn:
     typer.echo(f"diti: {message}", err=True)
     raise typer.Exit(code)
 
