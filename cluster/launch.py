@@ -70,9 +70,9 @@ def launch_training(
     """
     config = _with_absolute_paths(config)
     store = open_store(config)
-    if from_step is not None:
+    found = preflight(config, config.cluster.num_workers, allow_change, from_step)
+    if from_step is not None:  # only once nothing is left to be refused
         checkpoint.go_back(store, run_url(config), from_step)
-    found = preflight(config, config.cluster.num_workers, allow_change)
     collect_orphans(store, run_url(config))
     on_start(found)
     cluster = config.cluster

@@ -88,8 +88,17 @@ def load_start(model: DiTi, store: ObjectStore) -> None:
     model.load_state_dict(initial_weights(model.task.start_from, store, model), strict=False)
 
 
-def preflight(config: RunConfig, world_size: int, allow_change: Sequence[str] = ()) -> Preflight:
+def preflight(
+    config: RunConfig,
+    world_size: int,
+    allow_change: Sequence[str] = (),
+    from_step: int | None = None,
+) -> Preflight:
     """Check the batch split, the store, the shards, the backbone and an existing checkpoint.
+
+    Args:
+        allow_change: settings that may differ from those of the checkpoint, see `resumable`.
+        from_step: of the checkpoint, if it is not to be the newest one.
 
     Raises:
         ValueError, OSError: the first thing that is wrong, with its remedy.
@@ -106,7 +115,10 @@ def preflight(config: RunConfig, world_size: int, allow_change: Sequence[str] = 
             f"train.global_batch is {config.train.global_batch}, but {index.url} has only "
             f"{index.num_samples} images; use a smaller batch or a larger set"
         )
-    newest = checkpoint.newest(store, run_url(config))
+    if from_step is None:
+        newest = checkpoint.newest(store, run_url(config))
+    else:
+        newest = checkpoint.find(store, run_url(config), from_step)
     backbone = None
     if isinstance(config.task, DitiTask):
         backbone = load_backbone(store, config.task.backbone)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
+from cluster.launch import launch_training
 from configs.schema import RunConfig, SourceConfig
 from data_pipelines.bad_samples import (
     DEAD_LETTERS,
@@ -175,6 +176,18 @@ def test_a_start_out_of_another_run_must_fit_in_what_shapes_do_not_tell(
     cut = "task.partition.stage_ends=[50, 200, 1000]"
     preflight(make_run(STORE, str(tmp_path), *SHORT, start, cut), 1)
     assert f"{run_url(source)} was trained with another partition than this run" in caplog.messages
+
+
+def test_going_back_is_refused_before_a_later_checkpoint_is_set_aside(tmp_path: Path):
+    config = make_run(STORE, str(tmp_path), *SHORT)
+    run(config, local_dir=tmp_path)
+    assert preflight(config, 1, from_step=2).resumes_at == 2
+    with pytest.raises(checkpoint.CheckpointError, match="no complete checkpoint at step 3"):
+        preflight(config, 1, from_step=3)
+    other = config.model_copy(update={"seed": 5})
+    with pytest.raises(checkpoint.CheckpointError, match="step 2 made with other settings"):
+        launch_training(other, local_dir=tmp_path, from_step=2)
+    assert checkpoint.complete_steps(STORE, run_url(config)) == [0, 2, 4]
 
 
 # --- what a run says about itself -----------------------------------------------------------------
