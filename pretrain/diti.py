@@ -72,14 +72,16 @@ class DiTi(nn.Module):
         state = self.state_dict()
         return {name: t for name, t in state.items() if not name.startswith(FROZEN_PREFIX)}
 
-    def estimates(self, xt_BCHW: Tensor, t_B: Tensor, z_BD: Tensor) -> tuple[Tensor, Tensor]:
-        """Noise estimates of the backbone alone and of DiTi, from x_t; both BCHW.
+    def estimates(self, xt_BCHW: Tensor, t_B: Tensor, *z_BD: Tensor) -> tuple[Tensor, ...]:
+        """Noise estimates of the backbone alone, then of DiTi given each z, from x_t; all BCHW.
 
         DiTi's sees the subsets of z up to t's own, in sampling as in training.
         """
-        [condition] = conditions(self.masks, "base", z_BD, t_B)
-        epsilon, shift = self.epsilon_and_shift(xt_BCHW, t_B, condition)
-        return epsilon, shifted_estimate(self.schedule, t_B, epsilon, shift)
+        frozen = self.decoder.look(xt_BCHW, t_B)
+        epsilon = self._epsilon(frozen, xt_BCHW, t_B)
+        shown = [conditions(self.masks, "base", z, t_B)[0] for z in z_BD]
+        shifts = [self.decoder.shift(frozen, condition) for condition in shown]
+        return epsilon, *(shifted_estimate(self.schedule, t_B, epsilon, s) for s in shifts)
 
     def epsilon_and_shift(
         self, xt_BCHW: Tensor, t_B: Tensor, condition_BD: Tensor

@@ -57,16 +57,12 @@ def to_unit(images_BHWC: NDArray[np.uint8]) -> Tensor:
 def four_losses(model: DiTi, images_BCHW: Tensor, *, repeats: int = 2) -> FourLosses:
     """The four losses, each image at `repeats` time-steps of the trained range."""
     z = encode(model, images_BCHW)
-    features = {"diti": z, "shuffled": z.roll(1, 0), "mean": z.mean(0, keepdim=True).expand_as(z)}
-    sums: dict[str, list[Tensor]] = {name: [] for name in ("backbone", *features)}
+    features = (z, z.roll(1, 0), z.mean(0, keepdim=True).expand_as(z))
+    losses = []
     for repeat in range(repeats):
         t, noise = draw_noise(images_BCHW, model.timesteps, repeat)
-        for name, z_BD in features.items():
-            backbone, diti = _losses(model, images_BCHW, t, noise, z_BD)
-            sums[name].append(diti)
-            if name == "diti":
-                sums["backbone"].append(backbone)
-    return FourLosses(**{name: torch.cat(values).mean().item() for name, values in sums.items()})
+        losses.append(_losses(model, images_BCHW, t, noise, *features))
+    return FourLosses(*torch.cat(losses, dim=1).mean(dim=1).tolist())
 
 
 def timestep_losses(model: DiTi, images_BCHW: Tensor, *, num_bins: int = 16) -> TimestepLosses:
@@ -78,8 +74,9 @@ def timestep_losses(model: DiTi, images_BCHW: Tensor, *, num_bins: int = 16) -> 
     for number, start in enumerate(starts):
         bin_of = uniform_timesteps(start, min(start + width, end), model.schedule.num_timesteps)
         t, noise = draw_noise(images_BCHW, bin_of, number)
-        for curve, loss in zip(curves, _losses(model, images_BCHW, t, noise, z), strict=True):
-            curve.append(loss.mean().item())
+        means = _losses(model, images_BCHW, t, noise, z).mean(dim=1).tolist()
+        for curve, mean in zip(curves, means, strict=True):
+            curve.append(mean)
     return TimestepLosses(starts, width, tuple(curves[0]), tuple(curves[1]))
 
 
@@ -99,12 +96,11 @@ def draw_noise(
 
 
 @torch.inference_mode()
-def _losses(model: DiTi, x0: Tensor, t: Tensor, noise: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Per-sample loss of the backbone alone and of DiTi given z."""
-    backbone, diti = [], []
+def _losses(model: DiTi, x0: Tensor, t: Tensor, noise: Tensor, *features: Tensor) -> Tensor:
+    """Loss of each sample, a row for the backbone alone and one for DiTi given each feature."""
+    parts = []
     for part in torch.arange(len(x0)).split(CHUNK):
         xt = model.schedule.add_noise(x0[part], t[part], noise[part])
-        epsilon, shifted = model.estimates(xt, t[part], z[part])
-        backbone.append(denoising_loss(noise[part], epsilon))
-        diti.append(denoising_loss(noise[part], shifted))
-    return torch.cat(backbone), torch.cat(diti)
+        estimates = model.estimates(xt, t[part], *(z[part] for z in features))
+        parts.append(torch.stack([denoising_loss(noise[part], each) for each in estimates]))
+    return torch.cat(parts, dim=1)

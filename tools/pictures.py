@@ -1,6 +1,6 @@
 """Pictures that show what a trained model does to single images; all deterministic by seed.
 
-Letters: B batch, C channels, H height, W width, D = latent_dim.
+Letters: B batch, C channels, H height, W width, D = latent_dim, N ways.
 """
 
 from collections.abc import Callable
@@ -83,19 +83,13 @@ def interpolations(
         **model.partition.named_ranges(*trained),
         "all": model.partition.select(*trained),
     }
+    shares = np.linspace(0, 1, steps)
+    ways = [mix_subsets(z_a, z_b, each, share) for each in ranges.values() for share in shares]
+    pixels = _denoise(model, a_BCHW, torch.stack(ways))
+    grids = pixels.reshape(len(ranges), steps, *pixels.shape[1:]).swapaxes(1, 2)
     return [
-        Interpolation(
-            name,
-            subsets,
-            np.stack(
-                [
-                    _denoise(model, a_BCHW, mix_subsets(z_a, z_b, subsets, share))
-                    for share in np.linspace(0, 1, steps)
-                ],
-                axis=1,
-            ),
-        )
-        for name, subsets in ranges.items()
+        Interpolation(name, subsets, grid)
+        for (name, subsets), grid in zip(ranges.items(), grids, strict=True)
     ]
 
 
@@ -123,19 +117,19 @@ def backbone_samples(
     return to_pixels(images).reshape(-1, columns, size_px, size_px, 3)
 
 
-def _denoise(model: DiTi, images_BCHW: Tensor, z_BD: Tensor) -> NDArray[np.uint8]:
+def _denoise(model: DiTi, images_BCHW: Tensor, z_NBD: Tensor) -> NDArray[np.uint8]:
+    """The same noisy images denoised in N ways at once; (N, B, H, W, 3) pixels."""
     start = model.timesteps.trained_range[1] - 1
     t_B, noise = _noise(model, images_BCHW, start)
     xt = model.schedule.add_noise(images_BCHW, t_B, noise)
-    return to_pixels(
-        ddim_sample(
-            model.schedule,
-            diti_estimate(model, z_BD),
-            xt,
-            start=start,
-            steps=min(DDIM_STEPS, start + 1),
-        )
+    x0 = ddim_sample(
+        model.schedule,
+        diti_estimate(model, z_NBD.flatten(0, 1)),
+        xt.repeat(len(z_NBD), 1, 1, 1),
+        start=start,
+        steps=min(DDIM_STEPS, start + 1),
     )
+    return to_pixels(x0).reshape(*z_NBD.shape[:2], *images_BCHW.shape[2:], 3)
 
 
 def _noise(model: DiTi, images_BCHW: Tensor, t: int) -> tuple[Tensor, Tensor]:

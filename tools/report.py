@@ -16,8 +16,8 @@ from tools.labels import read_pixels, read_source
 from tools.page import render_page
 from tools.pictures import interpolations, reconstructions, to_pixels
 
-NUM_LOSS_IMAGES = 1024
-NUM_CURVE_IMAGES = 512
+NUM_LOSS_IMAGES = 512
+NUM_CURVE_IMAGES = 192
 NUM_RECONSTRUCTIONS = 8
 NUM_PAIRS = 3
 GROUPS = ("coarse", "middle", "fine")
