@@ -95,7 +95,12 @@ def start_coordinator(
     name: str, store: ObjectStore, folders: Sequence[str] = (), work: Work | None = None
 ) -> Any:
     """Start the named actor, or the handle of the one that already runs."""
-    actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(ShardCoordinator)
+    actor = ray.remote(
+        num_cpus=0,
+        max_restarts=-1,
+        max_task_retries=-1,
+        enable_task_events=False,  # a third of a report's cost, and nobody looks reports up
+    )(ShardCoordinator)
     return actor.options(name=name, namespace=NAMESPACE, get_if_exists=True).remote(
         store, folders, work
     )

@@ -24,7 +24,7 @@ from tools.progress import console, image_bar, say_start, shard_bar, training_ba
 from tools.report import make_report
 
 AVATARS_URL = "s3://diti/avatars"
-COUNTS: dict[Split, int] = {"train": 16_384, "val": 3_072, "test": 3_072}
+COUNTS: dict[Split, int] = {"train": 8_192, "val": 3_072, "test": 3_072}
 ROWS_PER_SHARD = 512
 NUM_WORKERS = 2
 

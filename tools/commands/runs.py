@@ -45,7 +45,7 @@ def s3(
 ) -> None:
     """Run a command, or a shell, beside the demo's S3 server: its data are at s3://diti.
 
-    Example: diti s3 runs/demo diti features show s3://diti/runs/demo/features/step-00001750-test
+    Example: diti s3 runs/demo diti features show s3://diti/runs/demo/features/step-00000256-test
     """
     with clear_errors():
         from tools.demo import run_beside_s3
