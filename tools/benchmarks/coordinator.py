@@ -83,8 +83,8 @@ def main() -> None:
         after = resident_mib()
         print(
             f"{args.workers} workers, {args.workers * args.seconds} reports in {args.seconds} s, "
-            f"{len(latencies)} timed: median {middle:.1f} ms, 99 % within {late:.1f} ms, slowest {latencies.max():.1f} ms; "
-            f"memory {after:.0f} MiB ({after - before:+.0f})"
+            f"{len(latencies)} timed: median {middle:.1f} ms, 99 % within {late:.1f} ms, slowest "
+            f"{latencies.max():.1f} ms; memory {after:.0f} MiB ({after - before:+.0f})"
         )
 
 
