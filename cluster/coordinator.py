@@ -5,17 +5,22 @@ Nothing in it is the only copy: index and finished parts are in object storage, 
 dies Ray starts it again with the same arguments and it reads them anew.
 """
 
+from __future__ import annotations
+
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
 from cluster.leases import LeaseQueue, QueueState
 from data_pipelines.object_store import ObjectStore, join
 from data_pipelines.shard_index import ShardIndex, read_sets
-from pretrain.train import Progress
+
+if TYPE_CHECKING:  # batch work starts its coordinator without torch
+    from pretrain.heartbeat import Pulse
+    from pretrain.window import Progress
 
 NAMESPACE = "diti"
 
@@ -45,6 +50,7 @@ class ShardCoordinator:
     ) -> None:
         self._index = read_sets(store, folders) if folders else None
         self._progress: dict[int, Progress] = {}
+        self._pulses: dict[int, tuple[Pulse, float]] = {}
         self._queue = LeaseQueue([] if work is None else _unfinished(store, work))
         self._results: dict[str, Any] = {}
         self._stop_asked = False
@@ -61,6 +67,15 @@ class ShardCoordinator:
     def progress(self) -> dict[int, Progress]:
         """The newest progress of every rank that has reported."""
         return dict(self._progress)
+
+    def beat(self, pulse: Pulse) -> None:
+        """A rank's sign of life."""
+        self._pulses[pulse.rank] = (pulse, time.monotonic())
+
+    def pulses(self) -> list[tuple[Pulse, float]]:
+        """The newest pulse of every rank, with its age in seconds."""
+        now = time.monotonic()
+        return [(pulse, now - heard) for pulse, heard in self._pulses.values()]
 
     def ask_to_stop(self) -> None:
         """The run is to publish a checkpoint and end."""
@@ -95,15 +110,13 @@ def start_coordinator(
     name: str, store: ObjectStore, folders: Sequence[str] = (), work: Work | None = None
 ) -> Any:
     """Start the named actor, or the handle of the one that already runs."""
-    actor = ray.remote(
-        num_cpus=0,
-        max_restarts=-1,
-        max_task_retries=-1,
+    actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(ShardCoordinator)
+    return actor.options(
+        name=name,
+        namespace=NAMESPACE,
+        get_if_exists=True,
         enable_task_events=False,  # a third of a report's cost, and nobody looks reports up
-    )(ShardCoordinator)
-    return actor.options(name=name, namespace=NAMESPACE, get_if_exists=True).remote(
-        store, folders, work
-    )
+    ).remote(store, folders, work)
 
 
 def _unfinished(store: ObjectStore, work: Work) -> list[str]:

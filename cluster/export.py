@@ -41,8 +41,8 @@ from data_pipelines.object_store import (
     absolute,
     join,
 )
+from data_pipelines.sample_images import decode_sample
 from data_pipelines.sample_reader import read_shard
-from data_pipelines.sample_stream import decode_sample
 from data_pipelines.shard_index import Shard, ShardIndex, read_index, verify_listing
 from pretrain.published import ConfigSource
 from pretrain.trained import TrainedEncoder, load_encoder, load_published_encoder

@@ -19,8 +19,8 @@ from data_pipelines.object_store import (
     absolute,
     join,
 )
+from data_pipelines.sample_images import decode_sample
 from data_pipelines.sample_reader import member_sample
-from data_pipelines.sample_stream import decode_sample
 from data_pipelines.shard_index import (
     Shard,
     ShardIndex,

@@ -1,5 +1,6 @@
 """Training under Ray Train: workers, restarts, progress."""
 
+import logging
 import os
 import signal
 import threading
@@ -26,11 +27,14 @@ from data_pipelines.object_store import StoreError, absolute
 from data_pipelines.sample_order import legal_world_sizes
 from pretrain import checkpoint
 from pretrain.backbone import BUILTIN_PREFIX
+from pretrain.heartbeat import stalled
 from pretrain.preflight import Preflight, open_store, preflight, run_url
 from pretrain.publisher import collect_orphans
-from pretrain.train import Progress, Wish, run
+from pretrain.train import Wish, run
+from pretrain.window import Progress
 
 POLL_SECONDS = 1.0
+_log = logging.getLogger(__name__)
 
 
 class RunFailedError(RuntimeError):
@@ -82,16 +86,16 @@ def launch_training(
     ):
         coordinator = start_coordinator(_coordinator_name(config), store, config.data.folders)
         result_of(coordinator.index.remote())
-        watching = _watch(coordinator, on_progress)
+        watch = _Watch(coordinator, config, on_progress)
         try:
             stopping = _stops_when_terminated(coordinator, config.cluster.stop_seconds)
             with interrupts_raised(signal.SIGINT), stopping:
                 _trainer(config, local_dir, allow_change).fit()
             manifest = checkpoint.find(store, run_url(config), None)
         except (TrainingFailedError, StoreError) as error:
-            raise RunFailedError(_explain(config, error)) from error
+            raise RunFailedError(_explain(config, error, watch.stalls)) from error
         finally:
-            watching.set()
+            watch.ended.set()
             ray.kill(coordinator)
     if manifest.step < found.plan.total_steps:
         raise RunStoppedError(
@@ -138,6 +142,9 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
 
 def _trainer(config: RunConfig, local_dir: Path, allow_change: Sequence[str]) -> TorchTrainer:
     cluster = config.cluster
+    for patience in ("COLLECTIVE_TIMEOUT_S", "WORKER_HEALTH_CHECK_TIMEOUT_S"):
+        # Ray Train's own waiting; it would be for ever, and for ten minutes.
+        os.environ[f"RAY_TRAIN_{patience}"] = str(cluster.stall_seconds)
     # OMP_NUM_THREADS is Ray's default of 1 per worker unless it is told how many it may use.
     environment = {"OMP_NUM_THREADS": str(cluster.cpus_per_worker)}
     workers = cluster.num_workers
@@ -204,6 +211,7 @@ def _train_on_worker(arguments: dict[str, Any]) -> None:
         local_dir=Path(arguments["local_dir"]),
         index=result_of(coordinator.index.remote()),
         report=coordinator.report.remote,
+        beat=coordinator.beat.remote,
         asked=_asker(coordinator),
         allow_change=arguments["allow_change"],
     )
@@ -227,33 +235,49 @@ def _asker(coordinator: Any) -> Callable[[], Wish]:
     return ask
 
 
-def _watch(
-    coordinator: Any, on_progress: Callable[[Mapping[int, Progress]], None]
-) -> threading.Event:
-    """Poll the coordinator until the returned event is set."""
-    stop = threading.Event()
+class _Watch:
+    """Polls the coordinator from a thread: progress is handed on, ranks that stall are named."""
 
-    def poll() -> None:
-        while not stop.wait(POLL_SECONDS):
+    def __init__(
+        self,
+        coordinator: Any,
+        config: RunConfig,
+        on_progress: Callable[[Mapping[int, Progress]], None],
+    ) -> None:
+        self.ended = threading.Event()
+        self.stalls: list[str] = []
+        """The ranks that the others wait for, or were waiting for when all fell silent."""
+        self._coordinator = coordinator
+        self._after = config.cluster.stall_seconds / 2
+        self._on_progress = on_progress
+        threading.Thread(target=self._poll, name="progress", daemon=True).start()
+
+    def _poll(self) -> None:
+        while not self.ended.wait(POLL_SECONDS):
             try:
-                ranks = result_of(coordinator.progress.remote(), timeout_seconds=10 * POLL_SECONDS)
+                ranks, pulses = result_of(
+                    [self._coordinator.progress.remote(), self._coordinator.pulses.remote()],
+                    timeout_seconds=10 * POLL_SECONDS,
+                )
             except RayError:
                 continue  # the actor is being restarted, or the session is closing
-            if ranks and not stop.is_set():
-                on_progress(ranks)
-
-    threading.Thread(target=poll, name="progress", daemon=True).start()
-    return stop
+            if ranks and not self.ended.is_set():
+                self._on_progress(ranks)
+            found = stalled(pulses, self._after)
+            if found and len(found) != len(self.stalls):
+                _log.warning("the run has stalled: %s", "; ".join(found))
+            self.stalls = self.stalls if found is None else found
 
 
 def _coordinator_name(config: RunConfig) -> str:
     return f"coordinator-{config.name}-{digest(config)[:8]}"
 
 
-def _explain(config: RunConfig, error: Exception) -> str:
+def _explain(config: RunConfig, error: Exception, stalls: Sequence[str]) -> str:
     """One line: what failed first on which rank, and where the run can go on from."""
     failures = getattr(error, "worker_failures", {})
     causes = [f"rank {rank}: {last_line(cause)}" for rank, cause in sorted(failures.items())]
+    causes = [*stalls, *causes]
     try:
         newest = checkpoint.newest(open_store(config), run_url(config))
         kept = f"step {newest.step}" if newest else ""

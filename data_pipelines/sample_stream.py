@@ -9,6 +9,7 @@ new one that starts there.
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -24,9 +25,10 @@ from webdataset.pipeline import DataPipeline
 
 from configs.schema import DataConfig
 from data_pipelines.bad_samples import DeadLetter
-from data_pipelines.decoding import DecodeError, decode_image_into
+from data_pipelines.decoding import DecodeError
 from data_pipelines.object_store import ObjectStore
 from data_pipelines.range_cache import RangeCache
+from data_pipelines.sample_images import IMAGE_EXTENSIONS, decode_sample_into
 from data_pipelines.sample_mix import Order
 from data_pipelines.sample_order import batch_positions, mix64
 from data_pipelines.sample_reader import PositionedSamples, Sample, Substitutes, looking_ahead
@@ -34,7 +36,6 @@ from data_pipelines.shard_index import ShardIndex
 
 PIECE = 8
 """Images that a thread decodes at a time: enough to make handing them over cheap."""
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 _CROP = 0xC409  # tells its random numbers from those of the order, which have the same seed
 T = TypeVar("T")
 
@@ -50,6 +51,8 @@ class Batch:
     keys: tuple[str, ...]
     dead_letters: tuple[DeadLetter, ...] = ()
     """Of the samples that had to be replaced; `keys` has their substitutes."""
+    decode_seconds: float = 0.0
+    """What its threads worked for it, all together."""
 
 
 def open_stream(
@@ -82,32 +85,6 @@ def open_stream(
     return prefetched(iter(pipeline), data.prefetch_batches)
 
 
-def decode_sample(sample: Sample, size_px: int) -> NDArray[np.uint8]:
-    """The sample's image, its centre square, (H, W, 3) uint8.
-
-    Raises:
-        DecodeError: naming key and shard.
-    """
-    out = np.empty((size_px, size_px, 3), np.uint8)
-    _decode_into(out, sample, place=0.5)
-    return out
-
-
-def _decode_into(out: NDArray[np.uint8], sample: Sample, place: float) -> None:
-    for extension in IMAGE_EXTENSIONS:
-        if extension in sample:
-            try:
-                return decode_image_into(out, sample[extension], place)
-            except DecodeError as error:
-                raise DecodeError(
-                    f"sample {sample['__key__']} of {sample['__url__']}: {error}"
-                ) from error
-    raise DecodeError(
-        f"sample {sample['__key__']} of {sample['__url__']} has no image "
-        f"(none of {', '.join(IMAGE_EXTENSIONS)})"
-    )
-
-
 def crop_place(seed: int, position: int) -> float:
     """Where along the longer side the sample at `position` is cut, uniform in [0, 1)."""
     return float(mix64(seed, position, _CROP) >> np.uint64(11)) / 2**53
@@ -127,14 +104,16 @@ def decoded_batches(
         place_of: from a position to the place of the square that is cut.
     """
 
-    def decode(samples: list[Sample], out: NDArray[np.uint8]) -> list[Sample]:
-        """The samples whose images are in `out` afterwards."""
-        return [decode_one(sample, pixels) for sample, pixels in zip(samples, out, strict=True)]
+    def decode(samples: list[Sample], out: NDArray[np.uint8]) -> tuple[list[Sample], float]:
+        """The samples whose images are in `out` afterwards, and the seconds that it took."""
+        start = time.perf_counter()
+        done = [decode_one(sample, pixels) for sample, pixels in zip(samples, out, strict=True)]
+        return done, time.perf_counter() - start
 
     def decode_one(sample: Sample, out: NDArray[np.uint8]) -> Sample:
         while True:
             try:
-                _decode_into(out, sample, place_of(sample["__position__"]))
+                decode_sample_into(out, sample, place_of(sample["__position__"]))
             except DecodeError as error:
                 if replace is None:
                     raise
@@ -152,7 +131,7 @@ def decoded_batches(
             try:
                 started = (start(group, pool) for group in _groups(samples, batch_size))
                 for out, pieces in looking_ahead(started, -(-2 * threads * PIECE // batch_size)):
-                    yield _batch_of(out, [sample for piece in pieces for sample in piece.result()])
+                    yield _batch_of(out, [piece.result() for piece in pieces])
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
@@ -165,12 +144,14 @@ def _groups(samples: Iterable[Sample], size: int) -> Iterator[list[Sample]]:
         yield group
 
 
-def _batch_of(images: NDArray[np.uint8], samples: list[Sample]) -> Batch:
+def _batch_of(images: NDArray[np.uint8], pieces: list[tuple[list[Sample], float]]) -> Batch:
+    samples = [sample for decoded, _ in pieces for sample in decoded]
     return Batch(
         images,
         np.array([sample["__position__"] for sample in samples], np.int64),
         tuple(sample["__key__"] for sample in samples),
         tuple(letter for sample in samples for letter in sample.get("__letters__", ())),
+        sum(seconds for _, seconds in pieces),
     )
 
 

@@ -13,6 +13,7 @@ from pretrain.noise_schedule import Prediction, make_schedule
 from pretrain.objective import conditions, diti_loss, shifted_estimate
 from pretrain.partition import make_partition
 from pretrain.shift_decoder import FrozenPass, ShiftDecoder
+from pretrain.step_clock import Clock, untimed
 from pretrain.timesteps import timestep_distribution
 
 FROZEN_PREFIX = "decoder.backbone."
@@ -38,6 +39,7 @@ class DiTi(nn.Module):
         self.encoder = make_encoder(task.encoder, image_size_px=image_size_px)
         self.decoder = ShiftDecoder(backbone.unet, latent_dim=task.encoder.latent_dim)
         self.masks = self.partition.masks()
+        self.clock: Clock = untimed
 
     def _check(self, backbone: Backbone, image_size_px: int) -> None:
         if self.partition.num_timesteps != self.schedule.num_timesteps:
@@ -93,8 +95,9 @@ class DiTi(nn.Module):
     def forward(self, x0_BCHW: Tensor, t_B: Tensor, noise_BCHW: Tensor) -> Tensor:
         """Loss of each sample in the task's mode; float32 (B,)."""
         xt = self.schedule.add_noise(x0_BCHW, t_B, noise_BCHW)
-        frozen = self.decoder.look(xt, t_B)
-        epsilon = self._epsilon(frozen, xt, t_B)
+        with self.clock("backbone forward"):
+            frozen = self.decoder.look(xt, t_B)
+            epsilon = self._epsilon(frozen, xt, t_B)
         z = self.encoder(x0_BCHW)
         losses = [
             diti_loss(

@@ -6,6 +6,7 @@ takes minutes to build, and a rank whose peer dies spins in it for ever; gloo no
 """
 
 import ctypes
+import functools
 import logging
 import os
 import sys
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from configs.schema import EngineConfig, OptimizerConfig
 from pretrain.pieces import Piece
 from pretrain.run_plan import RunPlan
+from pretrain.step_clock import Clock, untimed
 from pretrain.world import World
 
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -30,6 +32,7 @@ class Engine:
 
     Args:
         model: its parameters with `requires_grad` are trained; the rest stay as they are.
+        clock: charged with forward, backward, communication and optimizer.
     """
 
     def __init__(
@@ -39,8 +42,11 @@ class Engine:
         optimizer: OptimizerConfig,
         plan: RunPlan,
         world: World,
+        clock: Clock = untimed,
     ) -> None:
         deepspeed = _import_deepspeed(world)
+        self._clock, self._norm = clock, torch.zeros(())
+        _time_collectives(deepspeed, clock)
         if world.device.type == "cpu":
             keep_freed_memory()
         self.zero_stage = engine.zero_stage
@@ -71,11 +77,32 @@ class Engine:
             group["lr"] = learning_rate
         losses = []
         for images, t, noise in micro_batches:
-            loss = self._engine(images, t, noise).mean()
-            self._engine.backward(loss)
-            self._engine.step()
+            with self._clock("forward"):
+                loss = self._engine(images, t, noise).mean()
+            with self._clock("backward"):
+                self._engine.backward(loss)
+            with self._clock("optimizer"):
+                self._keep_norm()
+                self._engine.step()
             losses.append(loss.detach())
         return torch.stack(losses).mean()
+
+    @property
+    def gradient_norm(self) -> Tensor | float:
+        """Of the last step's whole gradient, before it was clipped; the same on every rank.
+
+        0 where fp16's loss scale was too large and the step was skipped: that is no fault.
+        """
+        if self._optimizer is self._adam:
+            return self._norm
+        skipped = self._loss_scaler() is not None and self._optimizer.overflow
+        return 0.0 if skipped else self._optimizer._global_grad_norm
+
+    def _keep_norm(self) -> None:
+        """Where no ZeRO optimizer computes it. The gradients of a step's end are whole."""
+        if self._optimizer is self._adam and self._engine.is_gradient_accumulation_boundary():
+            gradients = [p.grad for p in self.trainable.values() if p.grad is not None]
+            self._norm = torch.nn.utils.get_total_norm(gradients)
 
     @property
     def saves(self) -> slice:
@@ -228,6 +255,37 @@ def keep_freed_memory() -> None:
     mmap_threshold, trim_threshold = -3, -1
     mallopt(mmap_threshold, 32 * 2**20)  # the most that it accepts
     mallopt(trim_threshold, -1)  # never
+
+
+_COLLECTIVES = (
+    "all_reduce",
+    "reduce",
+    "broadcast",
+    "all_gather",
+    "all_gather_into_tensor",
+    "reduce_scatter_tensor",
+    "all_to_all_single",
+    "barrier",
+)
+
+
+def _time_collectives(deepspeed: Any, clock: Clock) -> None:
+    """Charge what DeepSpeed's collectives take, wherever it calls them, to a phase of their own.
+
+    Those that overlap with computing on a GPU run in a stream of their own and are not charged:
+    what is left is the time that a step waits for them.
+    """
+    backend = deepspeed.comm.comm.cdb
+    for name in _COLLECTIVES:
+        method = getattr(backend, name)
+        method = getattr(method, "__wrapped__", method)  # an engine before this one had a clock
+
+        @functools.wraps(method)
+        def timed(*args: Any, _method: Any = method, **kwargs: Any) -> Any:
+            with clock("communication"):
+                return _method(*args, **kwargs)
+
+        setattr(backend, name, timed)
 
 
 def _import_deepspeed(world: World) -> Any:

@@ -41,6 +41,11 @@ class Piece:
         return self.start + self.weights.numel()
 
 
+def tensors_of(kind: str, pieces: Sequence[Piece], averages: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The live tensors of one of `KINDS`, in the order of the pieces."""
+    return averages if kind == "ema" else [getattr(piece, kind) for piece in pieces]
+
+
 def pack(places: Sequence[str], tensors: Sequence[Tensor]) -> bytes:
     """A safetensors file of flat ranges by their places."""
     return save_safetensors(dict(zip(places, tensors, strict=True)))

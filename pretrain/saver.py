@@ -1,14 +1,12 @@
-"""What a run keeps: its state restored from, and published to, the run's folder."""
+"""What a run keeps: its state, published to the run's folder. See `restore` for the way back."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from importlib.metadata import version
 from typing import Self
 
-from safetensors import SafetensorError
 from safetensors.torch import save as save_safetensors
-from torch import Tensor
 
 from configs.loading import dump_run
 from configs.schema import RunConfig
@@ -17,24 +15,25 @@ from data_pipelines.object_store import ObjectStore, join
 from data_pipelines.sample_stream import Batch
 from data_pipelines.shard_index import ShardIndex
 from pretrain import checkpoint
-from pretrain.backbone import Backbone, state_problems
+from pretrain.backbone import Backbone
 from pretrain.ema import Ema
 from pretrain.engine import Engine
 from pretrain.error_budget import ErrorBudget
 from pretrain.journal import Journal
 from pretrain.metrics import MetricsLog
-from pretrain.pieces import KINDS, Piece, PiecesError, fill_pieces, pack
+from pretrain.pieces import KINDS, pack, tensors_of
 from pretrain.preflight import run_url
 from pretrain.publisher import File, Publisher, SupersededError, kept_steps
-from pretrain.resumable import check_resumable
 from pretrain.run_plan import RunPlan
+from pretrain.sentinels import Fault
 from pretrain.world import World
 
+FAULTS = "faults"
 _log = logging.getLogger(__name__)
 
 
 class Saver:
-    """Restores from and publishes to the run's folder; collective where it says so.
+    """Publishes to the run's folder; collective where it says so.
 
     A checkpoint is published while training goes on. What happened since the newest complete one
     (samples, metrics) goes with the next, until one of them is complete.
@@ -82,45 +81,6 @@ class Saver:
     @property
     def newest_step(self) -> int:
         return self.newest.step if self.newest else 0
-
-    def restore(self, engine: Engine, ema: Ema, allow_change: Sequence[str] = ()) -> int:
-        """Load the newest complete checkpoint, whatever the world size and ZeRO stage it was
-        written at; returns its step, 0 where there is none.
-
-        Raises:
-            CheckpointError: it is damaged, or of another run.
-        """
-        manifest = self.newest
-        if manifest is None:
-            return 0
-        check_resumable(
-            manifest,
-            self.config,
-            index_digest=self.index_digest,
-            backbone_sha256=self.backbone_sha256,
-            backbone_card_sha256=self.backbone_card_sha256,
-            allow_change=allow_change,
-        )
-        if problems := state_problems(manifest.shapes, engine.shapes):
-            raise checkpoint.CheckpointError(
-                f"checkpoint {manifest.name} of {self.run_url} holds other tensors than this "
-                f"model: {problems}"
-            )
-        try:
-            for kind in KINDS:
-                files = checkpoint.read_pieces(
-                    self.store, self.run_url, manifest, kind, first=self.world.rank
-                )
-                fill_pieces(engine.pieces, _tensors(kind, engine.pieces, ema), files)
-        except (PiecesError, SafetensorError) as error:
-            raise checkpoint.CheckpointError(
-                f"checkpoint {manifest.name} of {self.run_url} cannot be used: {error}; use an "
-                f"older checkpoint"
-            ) from error
-        for name, buffer in checkpoint.read_buffers(self.store, self.run_url, manifest).items():
-            engine.buffers[name].copy_(buffer)
-        engine.restore(manifest.counters)
-        return manifest.step
 
     def note(self, batch: Batch) -> None:
         """A batch that is being trained on."""
@@ -194,7 +154,7 @@ class Saver:
         rank = self.world.rank
         places = [piece.place for piece in engine.pieces[engine.saves]]
         for kind in KINDS:
-            live = _tensors(kind, engine.pieces, ema)[engine.saves]
+            live = tensors_of(kind, engine.pieces, ema.tensors)[engine.saves]
             copies = [tensor.to("cpu", copy=True) for tensor in live]
             yield checkpoint.piece_file(kind, rank), partial(pack, places, copies)
         yield f"samples-{rank:05d}.tsv", self._samples.take().encode
@@ -213,6 +173,11 @@ class Saver:
             where = join(self.run_url, DEAD_LETTERS, name)
             self.store.write(where, to_json_lines(letters).encode())
 
+    @property
+    def faults_url(self) -> str:
+        return join(self.run_url, FAULTS)
 
-def _tensors(kind: str, pieces: Sequence[Piece], ema: Ema) -> list[Tensor]:
-    return ema.tensors if kind == "ema" else [getattr(piece, kind) for piece in pieces]
+    def write_fault(self, fault: Fault) -> None:
+        """The samples of a step that came to no finite number."""
+        name = f"step-{fault.taken.step:08d}-rank-{fault.rank:05d}.json"
+        self.store.write(join(self.faults_url, name), fault.to_json())

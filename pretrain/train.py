@@ -5,11 +5,10 @@ launcher hands it `report`. All state that matters is in the last complete check
 integer, the number of samples consumed; so a killed run is continued by calling `run` again.
 """
 
+import logging
 import math
-import os
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 
@@ -32,14 +31,21 @@ from pretrain.diti import DiTi
 from pretrain.ema import Ema
 from pretrain.engine import Engine
 from pretrain.error_budget import ErrorBudget
+from pretrain.heartbeat import Pulse, heartbeat
 from pretrain.metrics import MetricsLog
 from pretrain.position_noise import draw
 from pretrain.preflight import load_start, open_store, run_url, sample_order
+from pretrain.restore import restore
 from pretrain.run_plan import RunPlan, learning_rate, plan_run
 from pretrain.saver import Saver
+from pretrain.sentinels import Fault, LossWatch, first_fault
+from pretrain.step_clock import Clock, StepClock, untimed
 from pretrain.timesteps import TimestepDistribution
 from pretrain.unet import set_attention
-from pretrain.world import World, from_first_rank, join_world, mean_over_ranks
+from pretrain.window import Progress, Window, measure_speed, metrics_line
+from pretrain.world import World, from_first_rank, gather_from_ranks, join_world
+
+_log = logging.getLogger(__name__)
 
 
 class TrainingDivergedError(RuntimeError):
@@ -56,34 +62,13 @@ class Wish(StrEnum):
     """Publish now, and end; the run can go on later."""
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """One rank's report, every `log_every_steps` steps and at every checkpoint."""
-
-    rank: int
-    pid: int
-    step: int
-    total_steps: int
-    images: int
-    loss: float
-    images_per_second: float
-    """Of the whole run, over the last reporting window."""
-    data_wait_share: float
-    """Part of the window that this rank spent waiting for decoded images."""
-    peak_memory_gib: float
-    """Most memory that this rank has held so far: of its GPU, or of its process on a CPU."""
-    bad_samples: int
-    """Of the whole run so far: samples that had to be replaced."""
-    checkpoint_step: int
-    """Step of the newest complete checkpoint."""
-
-
 def run(
     config: RunConfig,
     *,
     local_dir: Path,
     index: ShardIndex | None = None,
     report: Callable[[Progress], None] | None = None,
+    beat: Callable[[Pulse], object] = lambda pulse: None,
     asked: Callable[[], Wish] = lambda: Wish.GO_ON,
     allow_change: Sequence[str] = (),
 ) -> checkpoint.Manifest:
@@ -93,6 +78,7 @@ def run(
         local_dir: folder of this node for wandb's files.
         index: the shard index, where the caller already has it.
         report: called with this rank's progress.
+        beat: called from another thread with what this rank is at.
         asked: what whoever runs this wants; called by all ranks together, with each report. The
             answer of rank 0 counts.
         allow_change: settings that may differ from those of the checkpoint, see `resumable`.
@@ -102,7 +88,7 @@ def run(
 
     Raises:
         CheckpointError: the run's folder holds checkpoints of another configuration.
-        TrainingDivergedError: the loss is NaN or infinite.
+        TrainingDivergedError: the loss, or the gradient, is NaN or infinite.
         TooManyBadSamplesError: more samples cannot be used than `data.error_budget` allows.
     """
     # --- where: ranks, storage, plan ---------------------------------------------------------
@@ -115,57 +101,72 @@ def run(
 
     # --- what: model, engine, average --------------------------------------------------------
     torch.manual_seed(config.seed)
-    model, backbone = build_model(config, store, world.device)
+    clock = StepClock(world.device)
+    model, backbone = build_model(config, store, world.device, clock)
+    speed = measure_speed(model, config, world)
     if newest is None and isinstance(model, DiTi):
         load_start(model, store)
     timesteps = model.timesteps
-    engine = Engine(model, config.engine, config.optimizer, plan, world)
+    engine = Engine(model, config.engine, config.optimizer, plan, world, clock)
     ema = Ema([piece.weights for piece in engine.pieces], config.train.ema_decay)
     saver = Saver(config, store, world, plan, index, backbone, newest)
-    step = saver.restore(engine, ema, allow_change)
+    if newest is not None:
+        restore(
+            newest, store, config, index, backbone, engine, ema,
+            rank=world.rank, allow_change=allow_change,
+        )  # fmt: skip
+    step = newest.step if newest else 0
     budget = ErrorBudget(
         config.data.error_budget, index.num_samples, newest.bad_samples if newest else {}
     )
 
     # --- loop --------------------------------------------------------------------------------
-    batches = _timed(_open_batches(store, index, order, config, plan, world, first_batch=step))
-    window = _Window()
+    batches = open_batches(store, index, order, config, plan, world, first_batch=step)
+    window, watch = Window(), LossWatch()
     model.train()
     progress: Progress | None = None
-    with MetricsLog(config, local_dir, world) as metrics, saver:
+    alive = heartbeat(clock, world, beat)
+    with MetricsLog(config, local_dir, world) as metrics, saver, alive:
         if saver.newest is None:
             # Step 0 is published too: it proves early that storage takes our checkpoints, and it
             # is the untrained encoder that every evaluation compares with.
             saver.publish(0, engine, ema, metrics, budget)
             saver.finish(metrics)
         wish = Wish.GO_ON
+        clock.close()
         while step < plan.total_steps and wish is not Wish.STOP:
-            torch.manual_seed(int(mix64(config.seed, step, world.rank) >> np.uint64(1)))  # dropout
+            seed_dropout(config, step, world)
             micro_batches = []
             for _ in range(plan.accumulation):
-                batch, waited = _next_or_letters(batches, step, budget, saver)
+                with clock("data wait"):
+                    batch = _next_or_letters(batches, step, budget, saver)
                 saver.note(batch)
                 budget.note(batch.dead_letters)
-                window.waited += waited
-                micro_batches.append(_to_tensors(batch, config, timesteps, world.device))
+                window.note(batch)
+                with clock("host to device"):
+                    micro_batches.append(to_tensors(batch, config, timesteps, world.device))
 
             images_before = step * config.train.global_batch
             rate = learning_rate(config.optimizer, images_before, config.train.total_images)
-            window.losses.append(engine.step(rate, micro_batches))
-            ema.update()
-            step += 1
+            loss = engine.step(rate, micro_batches)
+            with clock("average"):
+                ema.update()
+            clock.step = step = step + 1
+            window.took(step, loss, engine.gradient_norm)
 
             if step % config.train.log_every_steps == 0 or plan.publishes_at(step):
-                progress = window.close(step, config, plan, world, budget.settle())
-                metrics.record(_metrics_line(progress, rate))
-                _check(progress, budget, saver)
-                saver.settle(metrics, wait=False)
-                wish = Wish(from_first_rank(asked()))
-                if plan.publishes_at(step) or wish is not Wish.GO_ON:
-                    saver.publish(step, engine, ema, metrics, budget)
+                progress = window.close(clock, config, plan, world, speed, budget.settle())
+                metrics.record(metrics_line(progress, rate))
+                _check(progress, window, budget, saver)
+                _say_jump(watch, progress, world)
+                with clock("checkpoint"):
+                    saver.settle(metrics, wait=False)
+                    wish = Wish(from_first_rank(asked()))
+                    if plan.publishes_at(step) or wish is not Wish.GO_ON:
+                        saver.publish(step, engine, ema, metrics, budget)
                 if report and step < plan.total_steps and wish is not Wish.STOP:
                     report(replace(progress, checkpoint_step=saver.newest_step))
-                window = _Window()
+                window = Window()
         manifest = saver.finish(metrics)
         if report and progress:
             report(replace(progress, checkpoint_step=manifest.step))
@@ -173,15 +174,20 @@ def run(
 
 
 def build_model(
-    config: RunConfig, store: ObjectStore, device: torch.device
+    config: RunConfig, store: ObjectStore, device: torch.device, clock: Clock = untimed
 ) -> tuple[DiTi | Denoiser, Backbone | None]:
-    """The module that a run trains, on its device, and its backbone if it has one."""
+    """The module that a run trains, on its device, and its backbone if it has one.
+
+    Args:
+        clock: charged with the backbone's part of the forward pass.
+    """
     kernel = choose_kernel(
         config.engine.attention, device=device, dtype=DTYPES[config.engine.precision]
     )
     if isinstance(config.task, DitiTask):
         backbone = load_backbone(store, config.task.backbone)
         model = DiTi(config.task, backbone, image_size_px=config.data.image_size_px)
+        model.clock = clock
     else:
         model, backbone = Denoiser(config.task), None
     model.tables_to(device)
@@ -189,14 +195,15 @@ def build_model(
     return model.to(device), backbone
 
 
-def _check(progress: Progress, budget: ErrorBudget, saver: Saver) -> None:
+def seed_dropout(config: RunConfig, step: int, world: World) -> None:
+    """What a step draws at random beside its noise depends on nothing that was drawn before."""
+    torch.manual_seed(int(mix64(config.seed, step, world.rank) >> np.uint64(1)))
+
+
+def _check(progress: Progress, window: Window, budget: ErrorBudget, saver: Saver) -> None:
     """Stop, on every rank alike, where going on makes no sense."""
-    if not math.isfinite(progress.loss):
-        raise TrainingDivergedError(
-            f"loss is {progress.loss} by step {progress.step}; the newest complete checkpoint is "
-            f"step {saver.newest_step}. Lower optimizer.learning_rate or set optimizer.clip_norm, "
-            f"and say that it is meant (--allow-change optimizer); --from-step goes back further."
-        )
+    if not math.isfinite(progress.loss) or not math.isfinite(progress.gradient_norm):
+        raise TrainingDivergedError(_explain(window, saver))
     try:
         budget.check(progress.images)
     except TooManyBadSamplesError:
@@ -204,7 +211,39 @@ def _check(progress: Progress, budget: ErrorBudget, saver: Saver) -> None:
         raise
 
 
-def _open_batches(
+def _explain(window: Window, saver: Saver) -> str:
+    """Collective: what came to no finite number first, where its samples are written, what to do.
+
+    A broken gradient is everybody's: it is a sum over ranks.
+    """
+    own = first_fault(saver.world.rank, window.taken)
+    faults = [fault for fault in gather_from_ranks(own) if isinstance(fault, Fault)]
+    first = min(faults, key=lambda fault: (fault.taken.step, fault.what != "loss", fault.rank))
+    if own and (own.taken.step, own.what) == (first.taken.step, first.what):
+        saver.write_fault(own)
+    step, value = first.taken.step, first.value
+    return (
+        f"{first.what} is {value} at step {step}, first on rank {first.rank}; its samples, by "
+        f"position and key, are in {saver.faults_url}; diti train RUN.YAML --replay {step} shows "
+        f"the loss of each. The newest complete checkpoint is step {saver.newest_step}. Lower "
+        f"optimizer.learning_rate or set optimizer.clip_norm, and say that it is meant "
+        f"(--allow-change optimizer); --from-step goes back further."
+    )
+
+
+def _say_jump(watch: LossWatch, progress: Progress, world: World) -> None:
+    ratio = watch.jump(progress.loss)
+    if ratio is not None and world.is_first:
+        _log.warning(
+            "the loss of %.4g up to step %d is %.1f times the usual one; if it stays, go back "
+            "with --from-step or lower optimizer.learning_rate",
+            progress.loss,
+            progress.step,
+            ratio,
+        )
+
+
+def open_batches(
     store: ObjectStore,
     index: ShardIndex,
     order: Order,
@@ -214,6 +253,7 @@ def _open_batches(
     *,
     first_batch: int,
 ) -> Iterator[Batch]:
+    """This rank's micro-batches, from global batch number `first_batch` on."""
     return open_stream(
         store,
         index,
@@ -228,8 +268,8 @@ def _open_batches(
 
 
 def _next_or_letters(
-    batches: Iterator[tuple[Batch, float]], step: int, budget: ErrorBudget, saver: Saver
-) -> tuple[Batch, float]:
+    batches: Iterator[Batch], step: int, budget: ErrorBudget, saver: Saver
+) -> Batch:
     """The next batch; where there is no sample left for it, the dead letters are written."""
     try:
         return next(batches)
@@ -238,15 +278,7 @@ def _next_or_letters(
         raise
 
 
-def _timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
-    """Each batch with the seconds it was waited for."""
-    while True:
-        start = time.perf_counter()
-        batch = next(batches)
-        yield batch, time.perf_counter() - start
-
-
-def _to_tensors(
+def to_tensors(
     batch: Batch, config: RunConfig, timesteps: TimestepDistribution, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Images in [-1, 1], time-steps and noise of a micro-batch, on the device."""
@@ -263,45 +295,3 @@ def _to_tensors(
         mirrored = drawn.flip_B.to(device)[:, None, None, None]
         images = torch.where(mirrored, images.flip(3), images)
     return images, drawn.t_B.to(device), drawn.noise_BCHW.to(device)
-
-
-class _Window:
-    """What happened since the last report."""
-
-    def __init__(self) -> None:
-        self.start = time.perf_counter()
-        self.waited = 0.0
-        self.losses: list[Tensor] = []
-
-    def close(
-        self, step: int, config: RunConfig, plan: RunPlan, world: World, bad_samples: int
-    ) -> Progress:
-        """Collective: the loss is the mean over ranks."""
-        loss = mean_over_ranks(torch.stack(self.losses).mean())
-        seconds = time.perf_counter() - self.start
-        return Progress(
-            rank=world.rank,
-            pid=os.getpid(),
-            step=step,
-            total_steps=plan.total_steps,
-            images=step * config.train.global_batch,
-            loss=loss,
-            images_per_second=len(self.losses) * config.train.global_batch / seconds,
-            data_wait_share=self.waited / seconds,
-            peak_memory_gib=world.peak_memory_gib(),
-            bad_samples=bad_samples,
-            checkpoint_step=0,
-        )
-
-
-def _metrics_line(progress: Progress, rate: float) -> dict[str, float]:
-    return {
-        "step": progress.step,
-        "images": progress.images,
-        "loss": progress.loss,
-        "learning_rate": rate,
-        "images_per_second": progress.images_per_second,
-        "data_wait_share": progress.data_wait_share,
-        "peak_memory_gib": progress.peak_memory_gib,
-        "bad_samples": progress.bad_samples,
-    }

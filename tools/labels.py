@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from data_pipelines.feature_store import FeatureManifest, Features
 from data_pipelines.object_store import ObjectStore, join
+from data_pipelines.sample_images import decode_sample
 from data_pipelines.sample_reader import Sample, read_shard
-from data_pipelines.sample_stream import decode_sample
 from data_pipelines.shard_index import ShardIndex, read_index
 
 Place = tuple[str, int]

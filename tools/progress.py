@@ -9,8 +9,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cluster.leases import QueueState
 from pretrain.preflight import Preflight
-from pretrain.train import Progress as RankProgress
 from pretrain.trained import TrainedEncoder
+from pretrain.window import Progress as RankProgress
 from tools.tables import counted
 
 PLAIN_LINE_SECONDS = 10.0

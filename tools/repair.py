@@ -14,8 +14,8 @@ from data_pipelines.bad_samples import (
     to_json_lines,
 )
 from data_pipelines.object_store import ObjectStore, join
+from data_pipelines.sample_images import IMAGE_EXTENSIONS, decode_sample
 from data_pipelines.sample_reader import read_sample
-from data_pipelines.sample_stream import IMAGE_EXTENSIONS, decode_sample
 from data_pipelines.shard_index import Shard, read_members, read_sets
 from data_pipelines.tar_members import MemberTable
 from pretrain import checkpoint

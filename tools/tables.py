@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -11,7 +12,10 @@ from rich.table import Table
 if TYPE_CHECKING:
     from data_pipelines.feature_store import FeatureManifest
     from data_pipelines.set_stats import SetStats
+    from pretrain.replay import Replayed
     from tools.evaluate_reconstruction import Reconstruction
+
+MOST_ROWS = 64
 
 
 def counted(number: int, noun: str) -> str:
@@ -42,6 +46,20 @@ def print_losses(losses: Any) -> None:
     table.add_row("another image's", f"{losses.shuffled:.5f}")
     table.add_row("the average", f"{losses.mean:.5f}")
     Console().print(table)
+
+
+def print_replay(replayed: Replayed) -> None:
+    table = Table(
+        "position", "key", "time-step", "loss",
+        title=f"step {replayed.step}, taken again from step {replayed.from_step}: "
+        f"loss {replayed.loss:.6g}, gradient norm {replayed.gradient_norm:.6g}",
+    )  # fmt: skip
+    worst = sorted(replayed.samples, key=lambda s: -math.inf if math.isnan(s.loss) else -s.loss)
+    for sample in worst[:MOST_ROWS]:
+        table.add_row(str(sample.position), sample.key, str(sample.timestep), f"{sample.loss:.6g}")
+    Console().print(table)
+    if len(worst) > MOST_ROWS:
+        typer.echo(f"the {MOST_ROWS} of the largest loss, of {counted(len(worst), 'sample')}")
 
 
 def print_reconstructions(results: list[Reconstruction]) -> None:

@@ -55,7 +55,7 @@ def written(store: ObjectStore, s3_url: str) -> str:
 
 
 def diti(*arguments: str) -> Result:
-    return CliRunner().invoke(app, ["data", *arguments, "--workers", "2"])
+    return CliRunner().invoke(app, ["data", *arguments, "--workers", "1"])
 
 
 def test_tars_of_other_writers_become_a_set_that_can_be_trained_on(
@@ -93,13 +93,13 @@ def test_damaged_tars_are_named_and_left_out(store: ObjectStore, written: str):
 def test_indexing_goes_on_where_it_was_and_reads_again_what_was_replaced(
     store: ObjectStore, written: str
 ):
-    index_set(store, written, num_workers=2)
+    index_set(store, written, num_workers=1)
     before = read_index(store, written)
     for name in ("00000.members.parquet", "index.parquet"):
         store.delete(join(written, name))
     store.write(join(written, "00002.tar"), tar(9))
     kept = store.stat(join(written, "00001.members.parquet"))
-    index, _ = index_set(store, written, num_workers=2)
+    index, _ = index_set(store, written, num_workers=1)
     assert store.stat(join(written, "00001.members.parquet")) == kept
     assert index.shards[:2] == before.shards[:2]
     assert index.shards[2].sha256 != before.shards[2].sha256
@@ -153,7 +153,7 @@ def test_a_local_tar_is_compared_by_its_content_and_deep_verification_names_the_
     folder = str(tmp_path)
     for number in range(3):
         store.write(join(folder, f"{number}.tar"), tar(number % 2))
-    index_set(store, folder, num_workers=2)
+    index_set(store, folder, num_workers=1)
     content = bytearray(store.read(join(folder, "1.tar")))
     member = headers(bytes(content))[2]
     content[member.offset_data + 40] ^= 1
@@ -170,7 +170,7 @@ def test_a_local_tar_is_compared_by_its_content_and_deep_verification_names_the_
 def test_a_tar_that_is_gone_is_missing_whatever_it_held(store: ObjectStore, tmp_path: Path):
     for name in ("0.tar", "1.tar"):
         store.write(str(tmp_path / name), tar(0))
-    index_set(store, str(tmp_path), num_workers=2)
+    index_set(store, str(tmp_path), num_workers=1)
     (tmp_path / "1.tar").unlink()
     for options in ((), ("--deep",)):
         assert "1.tar is missing" in diti("verify", str(tmp_path), *options).stderr
@@ -181,7 +181,7 @@ def test_deep_verification_finds_images_that_were_broken_before_they_were_indexe
 ):
     store.write(join(s3_url, "0.tar"), tar(0, interleaved=True))
     store.write(join(s3_url, "1.tar"), tar_of([("a.jpg", jpeg(1)[:-200]), ("b.jpg", jpeg(2))]))
-    index_set(store, s3_url, num_workers=2)
+    index_set(store, s3_url, num_workers=1)
     assert diti("verify", s3_url).exit_code == 0
     deep = diti("verify", s3_url, "--deep")
     assert deep.exit_code == 1
@@ -208,8 +208,8 @@ def test_statistics_count_members_sizes_captions_scores_and_what_is_broken(
         ("c.jpg", b"no image"), ("c.json", b"no json"), ("d.json", b'{"aesthetic": true}'),
         ("e.png", image(3000, 3000)), ("e.json", b'{"AESTHETIC_SCORE": 6.5}'),
     ]))  # fmt: skip
-    index, _ = index_set(store, s3_url, num_workers=2)
-    stats = count_set(store, index, num_workers=2)
+    index, _ = index_set(store, s3_url, num_workers=1)
+    stats = count_set(store, index, num_workers=1)
     assert stats.samples == 5
     assert stats.members == {"jpg": 3, "txt": 1, "json": 5, "png": 1}
     assert stats.problems == {

@@ -25,11 +25,11 @@ from data_pipelines.decoding import DecodeError
 from data_pipelines.local_s3 import LocalS3
 from data_pipelines.object_store import ObjectStore, StoreError, join
 from data_pipelines.range_cache import RangeCache
+from data_pipelines.sample_images import decode_sample
 from data_pipelines.sample_order import SampleOrder
 from data_pipelines.sample_reader import PositionedSamples, looking_ahead
 from data_pipelines.sample_stream import (
     Batch,
-    decode_sample,
     decoded_batches,
     open_stream,
     prefetched,

@@ -13,13 +13,14 @@ from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 
-from cluster.launch import RunStoppedError, launch_training
+from cluster.launch import RunFailedError, RunStoppedError, launch_training
 from configs.schema import RunConfig
 from data_pipelines.local_s3 import LocalS3
 from data_pipelines.object_store import ObjectStore
 from pretrain import checkpoint
 from pretrain.preflight import run_url
-from pretrain.train import Progress, run
+from pretrain.train import run
+from pretrain.window import Progress
 from tests.tiny_run import make_run
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
@@ -120,6 +121,34 @@ def test_a_node_that_will_be_taken_away_makes_the_run_publish_at_once(
     first = checkpoint.complete_steps(STORE, run_url(config))[1]
     assert harm.done_at is not None
     assert harm.done_at <= first < 200, "well before the regular one"
+
+
+def test_a_worker_that_stops_stepping_is_named_and_fails_the_run_in_time(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Stopped, not killed: nothing tells Ray; only the other worker waits, in a collective."""
+    config = make_run(
+        STORE,
+        str(tmp_path),
+        "train.total_images=640000",
+        "cluster.stall_seconds=24",
+        "cluster.max_failures=0",
+    )
+    frozen: list[Progress] = []
+
+    def freeze(ranks: Mapping[int, Progress]) -> None:
+        if not frozen and len(ranks) == 2 and ranks[1].step > 3:
+            frozen.append(ranks[1])
+            os.kill(ranks[1].pid, signal.SIGSTOP)
+
+    start = time.monotonic()
+    with pytest.raises(RunFailedError) as told:
+        launch_training(config, local_dir=tmp_path / "local", on_progress=freeze)
+    [victim] = frozen
+    assert time.monotonic() - start < 180
+    assert f"rank 1 (pid {victim.pid} on " in str(told.value)
+    assert "no sign of life" in str(told.value)
+    assert "the run has stalled: rank 1" in caplog.text
 
 
 def test_a_checkpoint_that_storage_does_not_take_is_given_up_and_the_next_has_it_all(

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from configs.loading import dump_run
+from configs.schema import RunConfig
 from data_pipelines.object_store import ObjectStore
 from pretrain import checkpoint
 from tests.tiny_run import make_run
@@ -77,38 +78,30 @@ def wait_until(condition, process: subprocess.Popen[str], every_seconds: float =
         time.sleep(every_seconds)
 
 
-def test_a_run_interrupted_twice_on_relative_paths_leaves_no_process_and_resumes(tmp_path) -> None:
+RELATIVE = (
+    *("train", "run.yaml", "output=runs", "data.shards=train"),
+    "task.backbone.weights=backbone.safetensors",
+)
+
+
+def endless_run(tmp_path: Path) -> tuple[RunConfig, str]:
+    """A run file for `RELATIVE`, and the run's folder."""
     run = make_run(STORE, str(tmp_path), "train.total_images=64000", "cluster.num_workers=1")
     (tmp_path / "run.yaml").write_text(dump_run(run))
-    command = (
-        *("train", "run.yaml", "output=runs", "data.shards=train"),
-        "task.backbone.weights=backbone.safetensors",
-    )
-    folder = str(tmp_path / "runs" / "tiny")
+    return run, str(tmp_path / "runs" / "tiny")
 
-    process = start(tmp_path, *command)
+
+def test_a_run_interrupted_on_relative_paths_leaves_no_process_and_resumes(tmp_path: Path) -> None:
+    run, folder = endless_run(tmp_path)
+    process = start(tmp_path, *RELATIVE)
     wait_until(lambda: len(checkpoint.complete_steps(STORE, folder)) >= 3, process)
-    kill_a_worker(process)
-    before = len(checkpoint.complete_steps(STORE, folder))
-    wait_until(lambda: len(checkpoint.complete_steps(STORE, folder)) > before + 1, process)
     said = interrupt(process, signal.SIGINT)
     assert "run the same command again to go on" in said
-    assert "workers were restarted after a failure; the newest checkpoint is step" in said
     assert "raylet" not in said, "Ray's own thousand characters about it"
 
-    process = start(tmp_path, *command)
-    before = len(checkpoint.complete_steps(STORE, folder))
-    wait_until(lambda: len(checkpoint.complete_steps(STORE, folder)) > before, process)
-    steps = checkpoint.complete_steps(STORE, folder)
-    said = interrupt(process, signal.SIGTERM, says="'tiny' was asked to stop: step-")
-    assert "going on from step" in said
-
-    stopped_at = checkpoint.find(STORE, folder, None)
-    assert stopped_at.step > steps[-1], "it has published what it had done"
-    assert f"asked to stop: {stopped_at.name} is complete; run the same command again" in said
     steps = checkpoint.complete_steps(STORE, folder)
     total = (steps[-1] + 2) * run.train.global_batch
-    again = start(tmp_path, *command, f"train.total_images={total}")
+    again = start(tmp_path, *RELATIVE, f"train.total_images={total}")
     output, errors = again.communicate(timeout=300)
     assert again.returncode == 0, errors
     assert f"{total} images" in output
@@ -117,6 +110,22 @@ def test_a_run_interrupted_twice_on_relative_paths_leaves_no_process_and_resumes
     manifest = checkpoint.find(STORE, folder, None)
     positions = [p for p, _ in checkpoint.read_samples(STORE, folder, manifest)]
     assert positions == list(range(total))
+
+
+@pytest.mark.faults
+def test_a_run_whose_worker_was_killed_publishes_when_it_is_terminated(tmp_path: Path) -> None:
+    _, folder = endless_run(tmp_path)
+    process = start(tmp_path, *RELATIVE)
+    wait_until(lambda: len(checkpoint.complete_steps(STORE, folder)) >= 3, process)
+    kill_a_worker(process)
+    before = len(checkpoint.complete_steps(STORE, folder))
+    wait_until(lambda: len(checkpoint.complete_steps(STORE, folder)) > before + 1, process)
+    steps = checkpoint.complete_steps(STORE, folder)
+    said = interrupt(process, signal.SIGTERM, says="'tiny' was asked to stop: step-")
+    assert "workers were restarted after a failure; the newest checkpoint is step" in said
+    stopped_at = checkpoint.find(STORE, folder, None)
+    assert stopped_at.step > steps[-1], "it has published what it had done"
+    assert f"asked to stop: {stopped_at.name} is complete; run the same command again" in said
 
 
 def test_a_run_that_is_terminated_while_ray_starts_says_so(tmp_path) -> None:

@@ -1,5 +1,7 @@
 """The loop without Ray: what a run leaves, what a resumed one repeats, what it may start from."""
 
+import json
+import math
 import shutil
 import subprocess
 import sys
@@ -26,8 +28,10 @@ from pretrain import checkpoint
 from pretrain.error_budget import ErrorBudget
 from pretrain.position_noise import draw
 from pretrain.preflight import preflight, run_url
-from pretrain.train import Progress, TrainingDivergedError, _to_tensors, build_model, run
+from pretrain.replay import replay
+from pretrain.train import TrainingDivergedError, build_model, run, to_tensors
 from pretrain.trained import load_diti, load_encoder
+from pretrain.window import Progress
 from pretrain.world import World
 from tests.ranks import run_on_ranks
 from tests.tars import headers
@@ -448,7 +452,7 @@ def test_images_are_mirrored_where_their_coin_says_so(tmp_path: Path):
     model, _ = build_model(config, STORE, torch.device("cpu"))
     ramp = np.tile(np.arange(32, dtype=np.uint8)[None, None, :, None], (8, 32, 1, 3))
     batch = Batch(ramp, np.arange(8), ("key",) * 8)
-    images, _, noise = _to_tensors(batch, config, model.timesteps, torch.device("cpu"))
+    images, _, noise = to_tensors(batch, config, model.timesteps, torch.device("cpu"))
     coins = draw(
         batch.positions, seed=config.seed, timesteps=model.timesteps, global_batch=32,
         image_shape=(3, 32, 32),
@@ -460,9 +464,56 @@ def test_images_are_mirrored_where_their_coin_says_so(tmp_path: Path):
     assert images.is_contiguous()
 
 
-def test_a_run_whose_loss_is_no_number_stops_and_says_what_to_do(tmp_path: Path):
+def test_a_run_whose_loss_is_no_number_stops_and_keeps_the_samples_of_that_step(tmp_path: Path):
     config = make_run(STORE, str(tmp_path), *SHORT, "optimizer.learning_rate=1e30")
-    with pytest.raises(TrainingDivergedError, match=r"newest complete checkpoint is step \d"):
+    with pytest.raises(
+        TrainingDivergedError, match=r"newest complete checkpoint is step \d"
+    ) as told:
         run(config, local_dir=tmp_path)
     steps = checkpoint.complete_steps(STORE, run_url(config))
     assert steps[-1] < 4, "weights that are no numbers are not published"
+    [where] = [info.url for info in STORE.list(join(run_url(config), "faults"))]
+    fault = json.loads(STORE.read(where))
+    assert f"at step {fault['step']}, first on rank 0" in str(told.value)
+    images = config.train.global_batch
+    assert fault["positions"] == list(range((fault["step"] - 1) * images, fault["step"] * images))
+    assert len(fault["keys"]) == images
+    again = replay(config, fault["step"])
+    assert not math.isfinite(again.loss if fault["what"] == "loss" else again.gradient_norm)
+    assert [sample.key for sample in again.samples] == fault["keys"]
+
+
+def test_a_step_that_is_replayed_has_the_loss_and_the_samples_of_the_run(tmp_path: Path):
+    config = make_run(STORE, str(tmp_path), *SHORT, "train.max_micro_batch=4")
+    manifest = run(config, local_dir=tmp_path)
+    lines = checkpoint.read_metrics(STORE, run_url(config), manifest)
+    samples = checkpoint.read_samples(STORE, run_url(config), manifest)
+    for step in (1, 4):
+        again = replay(config, step)
+        assert again.loss == lines[step - 1]["loss"]
+        assert again.gradient_norm == lines[step - 1]["gradient_norm"]
+        mean = np.mean([sample.loss for sample in again.samples])
+        assert mean == pytest.approx(again.loss, rel=1e-5)
+        own = samples[(step - 1) * 8 : step * 8]
+        assert [(sample.position, sample.key) for sample in again.samples] == own
+    before = {info.url for info in STORE.list(run_url(config))}
+    replay(config, 2)
+    assert {info.url for info in STORE.list(run_url(config))} == before, "it only reads"
+    with pytest.raises(ValueError, match="the run has steps 1 to 4; there is no step 5"):
+        replay(config, 5)
+
+
+def test_a_window_says_where_its_time_went_and_what_share_of_the_peak_it_reached(tmp_path: Path):
+    config = make_run(STORE, str(tmp_path), *SHORT)
+    manifest = run(config, local_dir=tmp_path)
+    for line in checkpoint.read_metrics(STORE, run_url(config), manifest):
+        shares = [value for name, value in line.items() if name.startswith("share/")]
+        assert sum(shares) == pytest.approx(1)
+        assert all(
+            line[f"share/{phase}"] > 0
+            for phase in ("backbone forward", "forward", "backward", "optimizer", "average")
+        )
+        assert line["data_wait_share"] == line["share/data wait"]
+        assert 0 < line["peak_share"] < 1
+        flops = line["frozen_gflops"] + line["trained_gflops"]
+        assert line["trained_gflops"] > line["frozen_gflops"] > 0, flops

@@ -70,6 +70,12 @@ def train(
             metavar="KEY", help="A setting, or a section, that may differ from the checkpoint's."
         ),
     ] = None,
+    replay: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="STEP", help="Only take this step again, and show each sample's loss."
+        ),
+    ] = None,
     local_dir: LocalDir = Path("runs/local"),
 ) -> None:
     """Train on this machine, or on the Ray cluster at RAY_ADDRESS. Run it again to resume.
@@ -85,6 +91,12 @@ def train(
 
             changes.append(f"task.start_from={json.dumps(absolute(checkpoint))}")
         config = load_run(run_file, tuple(changes))
+        if replay is not None:
+            from pretrain.replay import replay as take_again
+            from tools.tables import print_replay
+
+            print_replay(take_again(config, replay))
+            return
 
         from pretrain.preflight import run_url
 

@@ -1,0 +1,67 @@
+"""Floating-point operations of a model, and how many a machine does in a second.
+
+Counted are convolutions, matrix products and attention by torch's own kernels; xformers' is not.
+"""
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from pretrain.diti import DiTi
+
+_PEAK_SIZE = {"cpu": 1024, "cuda": 8192}
+"""Rows of the square matrices whose product is timed."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFlops:
+    """Of one image in one step."""
+
+    frozen: int
+    """The backbone's forward pass."""
+    trained: int
+    """Forward and backward of everything else."""
+
+
+def count_flops(model: nn.Module, image_size_px: int, device: torch.device) -> ModelFlops:
+    """By one pass of one image of zeros; changes no weight, gradient or buffer.
+
+    Args:
+        model: images, time-steps and noise to losses.
+    """
+    was_training = model.training
+    model.eval()  # BatchNorm's averages stay as they are
+    image = torch.zeros(1, 3, image_size_px, image_size_px, device=device)
+    t = torch.zeros(1, dtype=torch.int64, device=device)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    with FlopCounterMode(display=False) as everything:
+        torch.autograd.grad(model(image, t, image).sum(), weights, allow_unused=True)
+    frozen = 0
+    if isinstance(model, DiTi):
+        with FlopCounterMode(display=False) as looking:
+            model.decoder.look(image, t)
+        frozen = looking.get_total_flops()
+    model.train(was_training)
+    return ModelFlops(frozen, everything.get_total_flops() - frozen)
+
+
+def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product on this device, with this process's threads."""
+    size = _PEAK_SIZE[device.type]
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    return 2 * size**3 / min(_seconds_of_product(a) for _ in range(4))
+
+
+def _seconds_of_product(a: Tensor) -> float:
+    def finish() -> None:
+        if a.is_cuda:
+            torch.cuda.synchronize()
+
+    finish()
+    start = time.perf_counter()
+    _ = a @ a
+    finish()
+    return time.perf_counter() - start
