@@ -40,10 +40,11 @@ def heartbeat(clock: StepClock, world: World, send: Callable[[Pulse], object]) -
     ended = threading.Event()
 
     def beat() -> None:
-        while not ended.wait(BEAT_SECONDS):
+        while not ended.is_set():  # at once too: a rank that is never heard of cannot be missed
             phase, since = clock.where
             seconds = time.monotonic() - since
             send(Pulse(world.rank, socket.gethostname(), os.getpid(), clock.step, phase, seconds))
+            ended.wait(BEAT_SECONDS)
 
     threading.Thread(target=beat, name="heartbeat", daemon=True).start()
     try:
