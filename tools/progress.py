@@ -132,12 +132,13 @@ def training_bar(
                 )
             pids.update(now)
             slowest = min(ranks.values(), key=lambda rank: rank.step)
-            waiting = max(rank.data_wait_share for rank in ranks.values())
+            hungry = max(ranks.values(), key=lambda rank: rank.data_wait_share)
             update(
                 slowest.images,
                 f"{slowest.images_per_second:.0f} images/s  loss {slowest.loss:.4f}  "
-                f"data wait {waiting:.0%}  checkpoint {slowest.checkpoint_step}"
-                + (f"  bad samples {slowest.bad_samples}" if slowest.bad_samples else ""),
+                f"data wait {hungry.data_wait_share:.0%}  checkpoint {slowest.checkpoint_step}"
+                + (f"  bad samples {slowest.bad_samples}" if slowest.bad_samples else "")
+                + (f"  {hungry.hint}" if hungry.hint else ""),
             )
 
         yield show

@@ -1,6 +1,6 @@
 """`diti report`: one self-contained HTML page about one run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from configs.loading import dump_run
@@ -8,6 +8,7 @@ from data_pipelines.avatars import attribute_granularity
 from data_pipelines.feature_store import read_manifest
 from data_pipelines.object_store import ObjectStore
 from pretrain.checkpoint import read_metrics
+from pretrain.step_clock import PHASES
 from pretrain.trained import digest_of, load_diti
 from tools import figures
 from tools.attribute_probe import ProbeResult
@@ -43,6 +44,7 @@ def make_report(
         ValueError: the features are not of the run's newest checkpoint, or of too few images.
     """
     model, config, manifest = load_diti(store, run_url)
+    metrics = read_metrics(store, run_url, manifest)
     features = read_manifest(store, test_url)
     if features.encoder_sha256 != digest_of(model.encoder):
         raise ValueError(
@@ -74,7 +76,7 @@ def make_report(
         "tiles": _tiles(probes, losses),
         "losses": _loss_rows(losses),
         "figures": {
-            "loss": figures.loss_curve(read_metrics(store, run_url, manifest)),
+            "loss": figures.loss_curve(metrics),
             "timesteps": figures.timestep_curve(
                 timestep_losses(model, images[:NUM_CURVE_IMAGES]), model.partition.timestep_ends
             ),
@@ -88,10 +90,16 @@ def make_report(
         },
         "changes": [(item.name, f"{item.change:.1%}") for item in moved],
         "worse": _worse_than_untrained(probes),
+        "phases": [(phase, f"{_mean(metrics, f'share/{phase}'):.1%}") for phase in PHASES],
+        "peak_share": f"{_mean(metrics, 'peak_share'):.0%}",
         "config": dump_run(config),
         **_probe_tables(probes),
     }
     return render_page("report.html", page), losses
+
+
+def _mean(metrics: Sequence[dict[str, Any]], name: str) -> float:
+    return sum(line.get(name, 0.0) for line in metrics) / len(metrics)
 
 
 def _tiles(probes: list[ProbeResult], losses: FourLosses) -> list[dict[str, str]]:
