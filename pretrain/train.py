@@ -49,7 +49,7 @@ _log = logging.getLogger(__name__)
 
 
 class TrainingDivergedError(RuntimeError):
-    """The loss is no longer a number."""
+    """The loss, or the gradient, is no longer a number."""
 
 
 class Wish(StrEnum):
@@ -115,7 +115,7 @@ def run(
             newest, store, config, index, backbone, engine, ema,
             rank=world.rank, allow_change=allow_change,
         )  # fmt: skip
-    step = newest.step if newest else 0
+    clock.step = step = newest.step if newest else 0
     budget = ErrorBudget(
         config.data.error_budget, index.num_samples, newest.bad_samples if newest else {}
     )
