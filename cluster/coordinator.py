@@ -5,22 +5,17 @@ Nothing in it is the only copy: index and finished parts are in object storage, 
 dies Ray starts it again with the same arguments and it reads them anew.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 
 from cluster.leases import LeaseQueue, QueueState
 from data_pipelines.object_store import ObjectStore, join
 from data_pipelines.shard_index import ShardIndex, read_sets
-
-if TYPE_CHECKING:  # batch work starts its coordinator without torch
-    from pretrain.heartbeat import Pulse
-    from pretrain.window import Progress
+from pretrain.progress import Progress, Pulse
 
 NAMESPACE = "diti"
 

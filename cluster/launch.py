@@ -29,9 +29,9 @@ from pretrain import checkpoint
 from pretrain.backbone import BUILTIN_PREFIX
 from pretrain.heartbeat import stalled
 from pretrain.preflight import Preflight, open_store, preflight, run_url
+from pretrain.progress import Progress
 from pretrain.publisher import collect_orphans
 from pretrain.train import Wish, run
-from pretrain.window import Progress
 
 POLL_SECONDS = 1.0
 _log = logging.getLogger(__name__)

@@ -10,28 +10,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
+from pretrain.progress import Pulse
 from pretrain.step_clock import StepClock
 from pretrain.world import World
 
 BEAT_SECONDS = 5.0
 WAITING = ("communication", "checkpoint")
 """Phases in which a rank waits for other ranks."""
-
-
-@dataclass(frozen=True, slots=True)
-class Pulse:
-    """What a rank is at."""
-
-    rank: int
-    host: str
-    pid: int
-    step: int
-    """Steps done."""
-    phase: str
-    seconds: float
-    """How long it has been in it."""
 
 
 @contextmanager

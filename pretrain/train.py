@@ -31,10 +31,11 @@ from pretrain.diti import DiTi
 from pretrain.ema import Ema
 from pretrain.engine import Engine
 from pretrain.error_budget import ErrorBudget
-from pretrain.heartbeat import Pulse, heartbeat
+from pretrain.heartbeat import heartbeat
 from pretrain.metrics import MetricsLog
 from pretrain.position_noise import draw
 from pretrain.preflight import load_start, open_store, run_url, sample_order
+from pretrain.progress import Progress, Pulse
 from pretrain.restore import restore
 from pretrain.run_plan import RunPlan, learning_rate, plan_run
 from pretrain.saver import Saver
@@ -42,7 +43,7 @@ from pretrain.sentinels import Fault, LossWatch, first_fault
 from pretrain.step_clock import Clock, StepClock, untimed
 from pretrain.timesteps import TimestepDistribution
 from pretrain.unet import set_attention
-from pretrain.window import Progress, Window, measure_speed, metrics_line
+from pretrain.window import Window, measure_speed, metrics_line
 from pretrain.world import World, from_first_rank, gather_from_ranks, join_world
 
 _log = logging.getLogger(__name__)

@@ -1,7 +1,6 @@
 """What happened since the last report, as it is reported."""
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,6 +11,7 @@ from configs.schema import RunConfig
 from data_pipelines.sample_stream import Batch
 from pretrain.attention import DTYPES
 from pretrain.flops import ModelFlops, count_flops, measured_peak
+from pretrain.progress import Progress
 from pretrain.run_plan import RunPlan
 from pretrain.sentinels import Taken
 from pretrain.step_clock import PHASES, StepClock
@@ -31,41 +31,6 @@ class Speed:
     flops: ModelFlops
     peak: float
     """FLOP/s of a matrix product, measured on this rank at the start."""
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far a rank is; the numbers are of the last `log_every_steps` steps."""
-
-    rank: int
-    pid: int
-    """Another one than before: the rank was restarted after a failure."""
-    step: int
-    total_steps: int
-    images: int
-    loss: float
-    """Mean over all ranks."""
-    images_per_second: float
-    """Of all ranks together."""
-    data_wait_share: float
-    """Part of the time that this rank waited for data."""
-    peak_memory_gib: float
-    bad_samples: int
-    """Of the whole run so far: samples that had to be replaced."""
-    checkpoint_step: int
-    """Step of the newest complete checkpoint."""
-    gradient_norm: float = 0.0
-    """The largest of the window's steps."""
-    shares: Mapping[str, float] | None = None
-    """Part of the time by phase; they add up to 1. See `step_clock.PHASES`."""
-    frozen_flops: float = 0.0
-    """FLOP/s of this rank in the frozen backbone."""
-    trained_flops: float = 0.0
-    """FLOP/s of this rank in everything else."""
-    peak_share: float = 0.0
-    """Both together, as a share of the measured peak of a matrix product."""
-    hint: str = ""
-    """What to change, where this rank waits for data."""
 
 
 class Window:

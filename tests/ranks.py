@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from configs.schema import RunConfig
+from pretrain.progress import Progress
 from pretrain.train import Wish, run
-from pretrain.window import Progress
 
 
 def run_on_ranks(config: RunConfig, local_dir: Path, *, stop_at: int | None = None) -> None:

@@ -19,8 +19,8 @@ from data_pipelines.shard_writer import write_shard
 from pretrain import checkpoint
 from pretrain.diti import DiTi
 from pretrain.preflight import run_url
+from pretrain.progress import Progress
 from pretrain.train import build_model
-from pretrain.window import Progress
 from tests.tiny_run import make_backbone
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]

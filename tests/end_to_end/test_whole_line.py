@@ -23,7 +23,7 @@ from data_pipelines.object_store import ObjectStore, join
 from pretrain import checkpoint
 from pretrain.pieces import KINDS
 from pretrain.preflight import run_url
-from pretrain.window import Progress
+from pretrain.progress import Progress
 from tests.tiny_run import make_run, make_shards
 from tools.evaluate_attributes import evaluate_attributes
 from tools.report import make_report

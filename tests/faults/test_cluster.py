@@ -19,8 +19,8 @@ from data_pipelines.local_s3 import LocalS3
 from data_pipelines.object_store import ObjectStore
 from pretrain import checkpoint
 from pretrain.preflight import run_url
+from pretrain.progress import Progress
 from pretrain.train import run
-from pretrain.window import Progress
 from tests.tiny_run import make_run
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]

@@ -19,7 +19,7 @@ from data_pipelines.local_s3 import LocalS3
 from data_pipelines.object_store import ObjectStore, join
 from pretrain import checkpoint
 from pretrain.preflight import run_url
-from pretrain.window import Progress
+from pretrain.progress import Progress
 from tests.tiny_run import make_run, make_shards
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]

@@ -2,7 +2,8 @@
 
 import pytest
 
-from pretrain.heartbeat import Pulse, stalled
+from pretrain.heartbeat import stalled
+from pretrain.progress import Pulse
 
 
 def pulse(rank: int, phase: str, seconds: float, age: float = 1.0) -> tuple[Pulse, float]:

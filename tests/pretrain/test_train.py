@@ -28,10 +28,10 @@ from pretrain import checkpoint
 from pretrain.error_budget import ErrorBudget
 from pretrain.position_noise import draw
 from pretrain.preflight import preflight, run_url
+from pretrain.progress import Progress
 from pretrain.replay import replay
 from pretrain.train import TrainingDivergedError, build_model, run, to_tensors
 from pretrain.trained import load_diti, load_encoder
-from pretrain.window import Progress
 from pretrain.world import World
 from tests.ranks import run_on_ranks
 from tests.tars import headers

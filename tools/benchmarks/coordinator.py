@@ -16,7 +16,7 @@ import ray
 from cluster.coordinator import start_coordinator
 from cluster.session import ray_session
 from data_pipelines.object_store import ObjectStore
-from pretrain.window import Progress
+from pretrain.progress import Progress
 
 CLIENTS = 2
 TIMED_EVERY = 8

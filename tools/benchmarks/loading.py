@@ -9,6 +9,7 @@ the same bytes from memory, and the same client fetching them in large ranges wi
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -56,6 +57,10 @@ with MDSWriter(out=out, columns={"jpg": "bytes"}, size_limit=16 * 2**20) as writ
 """
 
 
+class LoaderFailedError(RuntimeError):
+    """A loader ended before its epoch did."""
+
+
 @dataclass(frozen=True, slots=True)
 class Loaded:
     """One loader over one epoch, after its first batches."""
@@ -64,6 +69,8 @@ class Loaded:
     images: int
     wall_seconds: float
     cpu_seconds: float
+    failure: str = ""
+    """What it said when it ended before its epoch did."""
 
     @property
     def images_per_second(self) -> float:
@@ -198,6 +205,8 @@ def run_loader(name: str, loader: str, python: str, settings: dict[str, Any]) ->
         try:
             begin = _reading(process, "begin")
             end = _reading(process, "end")
+        except LoaderFailedError as error:
+            return Loaded(name, 1, math.nan, math.nan, str(error))
         finally:
             process.kill()
             process.communicate()
@@ -237,7 +246,7 @@ def _reading(process: "subprocess.Popen[str]", word: str) -> tuple[float, float,
             process.stdin.flush()
             return read
     assert process.stderr is not None
-    raise RuntimeError(f"the loader ended: {process.stderr.read()[-2000:]}")
+    raise LoaderFailedError(process.stderr.read().strip().splitlines()[-1])
 
 
 def _cpu_of_family(pid: int) -> float:
@@ -316,6 +325,9 @@ def report(
     print(f"floor: {floor:.3f} CPU ms an image ({decode:.3f} decoding, {client:.3f} client)")
     for row in range(len(rounds[0][1])):
         runs = [loaders[row] for _, loaders in rounds]
+        if failures := [run.failure for run in runs if run.failure]:
+            print(f"{runs[0].loader:24} failed in {len(failures)} of {len(runs)}: {failures[0]}")
+            continue
         above = statistics.median(loaders[row].cpu_ms / floor.both_ms for floor, loaders in rounds)
         speedup = statistics.median(
             loaders[0].images_per_second / loaders[row].images_per_second for _, loaders in rounds

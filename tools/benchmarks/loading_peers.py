@@ -70,6 +70,9 @@ def streaming(settings: dict[str, Any]) -> Iterator[np.ndarray]:
     """MosaicML streaming, from its own MDS copy of the same images."""
     from PIL import Image
     from streaming import StreamingDataset  # pyright: ignore[reportMissingImports]
+    from streaming.base.util import (  # pyright: ignore[reportMissingImports]
+        clean_stale_shared_memory,
+    )
     from torch.utils.data import DataLoader
 
     class Images(StreamingDataset):
@@ -79,6 +82,7 @@ def streaming(settings: dict[str, Any]) -> Iterator[np.ndarray]:
                 return _decode_fast("jpg", content)
             return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
 
+    clean_stale_shared_memory()  # of the epoch before, whose process was killed at its end
     batch = settings["batch"]
     dataset = Images(
         remote=settings["mds"], local=settings["scratch"], shuffle=True, batch_size=batch
