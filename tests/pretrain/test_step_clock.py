@@ -53,10 +53,13 @@ def test_others_see_what_runs():
 
 
 def test_a_phase_costs_microseconds():
-    clock, times = StepClock(CPU), 2_000
-    start = time.perf_counter()
-    for _ in range(times):
-        with clock("forward"):
-            pass
-    clock.close()
-    assert (time.perf_counter() - start) / times < 50e-6, "a step has about ten of them"
+    def seconds_of_a_phase() -> float:
+        clock, times = StepClock(CPU), 1_000
+        start = time.perf_counter()
+        for _ in range(times):
+            with clock("forward"):
+                pass
+        clock.close()
+        return (time.perf_counter() - start) / times
+
+    assert min(seconds_of_a_phase() for _ in range(7)) < 50e-6, "a step has about ten of them"
