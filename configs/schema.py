@@ -551,6 +551,9 @@ class EngineConfig(Section):
     """Of what the model computes with; the optimizer and the average keep float32."""
     offload_optimizer: bool = False
     """Keep the optimizer's state, and take its steps, in the CPU's memory."""
+    recompute_activations: bool = False
+    """Compute what the trained U-Net blocks keep for the backward pass a second time instead: less
+    memory, more time."""
     attention: Literal["auto", "xformers", "sdpa"] = "auto"
     """Attention kernel; `xformers` refuses to start where the kernel does not work."""
 

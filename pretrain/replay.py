@@ -18,6 +18,7 @@ from pretrain.preflight import open_store, run_url, sample_order
 from pretrain.restore import restore
 from pretrain.run_plan import learning_rate, plan_run
 from pretrain.train import build_model, open_batches, seed_dropout, to_tensors
+from pretrain.unet import set_recomputing
 from pretrain.world import join_world
 
 
@@ -61,6 +62,7 @@ def replay(config: RunConfig, step: int) -> Replayed:
     index = read_sets(store, config.data.folders)
 
     model, backbone = build_model(config, store, world.device)
+    set_recomputing(model, config.engine.recompute_activations)
     engine = Engine(model, config.engine, config.optimizer, plan, world)
     ema = Ema([piece.weights for piece in engine.pieces], config.train.ema_decay)
     restore(manifest, store, config, index, backbone, engine, ema, rank=world.rank)

@@ -17,6 +17,7 @@ MAY_CHANGE = (
     "data.sources.*.shards",
     "engine.attention",
     "engine.offload_optimizer",
+    "engine.recompute_activations",
     "engine.zero_stage",
     "optimizer.decay_images",
     "store",

@@ -42,7 +42,7 @@ from pretrain.saver import Saver
 from pretrain.sentinels import Fault, LossWatch, first_fault
 from pretrain.step_clock import Clock, StepClock, untimed
 from pretrain.timesteps import TimestepDistribution
-from pretrain.unet import set_attention
+from pretrain.unet import set_attention, set_recomputing
 from pretrain.window import Window, measure_speed, metrics_line
 from pretrain.world import World, from_first_rank, gather_from_ranks, join_world
 
@@ -105,6 +105,7 @@ def run(
     clock = StepClock(world.device)
     model, backbone = build_model(config, store, world.device, clock)
     speed = measure_speed(model, config, world)
+    set_recomputing(model, config.engine.recompute_activations)  # is no work of the model's
     if newest is None and isinstance(model, DiTi):
         load_start(model, store)
     timesteps = model.timesteps

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from configs.schema import UNetConfig
 from pretrain.attention import Kernel, sdpa
@@ -158,9 +159,17 @@ class AttentionBlock(nn.Module):
 class BlockSequence(nn.Sequential):
     """Layers in order; residual blocks also receive the embeddings."""
 
+    recomputes = False
+    """Keep only the input for the backward pass, which then runs the layers once more."""
+
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, x: Tensor, emb: Tensor, emb_z: Tensor | None = None
     ) -> Tensor:
+        if self.recomputes and torch.is_grad_enabled():
+            return checkpoint(self._run, x, emb, emb_z, use_reentrant=False)
+        return self._run(x, emb, emb_z)
+
+    def _run(self, x: Tensor, emb: Tensor, emb_z: Tensor | None) -> Tensor:
         for layer in self:
             x = layer(x, emb, emb_z) if isinstance(layer, ResBlock) else layer(x)
         return x
@@ -171,6 +180,13 @@ def set_attention(model: nn.Module, kernel: Kernel) -> None:
     for module in model.modules():
         if isinstance(module, AttentionBlock):
             module.kernel = kernel
+
+
+def set_recomputing(model: nn.Module, recomputes: bool) -> None:
+    """Whether the U-Net blocks below `model` that are trained recompute their activations."""
+    for module in model.modules():
+        if isinstance(module, BlockSequence):
+            module.recomputes = recomputes
 
 
 class BlockMaker:

@@ -320,6 +320,7 @@ CHANGES = {
     "data.prefetch_batches": "data.prefetch_batches=7",
     "engine.attention": "engine.attention=sdpa",
     "engine.offload_optimizer": "engine.offload_optimizer=true",
+    "engine.recompute_activations": "engine.recompute_activations=true",
     "engine.zero_stage": "engine.zero_stage=3",
     "optimizer.decay_images": "optimizer.decay_images=32",
     "store": "store.endpoint_url=http://other:9000",

@@ -17,6 +17,7 @@ from pretrain.run_plan import plan_run
 from pretrain.timesteps import uniform_timesteps
 from pretrain.train import build_model
 from pretrain.trained import digest_of
+from pretrain.unet import set_recomputing
 from pretrain.world import World
 from tests.tiny_run import make_run
 
@@ -90,6 +91,18 @@ def test_stages_agree_in_fp32(config: RunConfig, world: World) -> None:
         curves[stage] = [engine.step(1e-3, micro_batches(step)).item() for step in range(4)]
     for stage, curve in curves.items():
         assert curve == pytest.approx(curves[0], rel=1e-5), stage
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_recomputing_activations_changes_no_loss(
+    config: RunConfig, world: World, stage: int
+) -> None:
+    curves = []
+    for recomputes in (False, True):
+        model, engine = make_engine(config, world, stage=stage)
+        set_recomputing(model, recomputes)
+        curves.append([engine.step(1e-3, micro_batches(step)).item() for step in range(3)])
+    assert curves[0] == curves[1]
 
 
 def test_bf16_trains(config: RunConfig, world: World) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from configs.schema import EncoderConfig, UNetConfig
 from pretrain.encoder import Encoder
 from pretrain.shift_decoder import ShiftDecoder
-from pretrain.unet import UNet
+from pretrain.unet import UNet, set_recomputing
 from tests.tiny_model import tiny_diti
 from tools.benchmarks import plain_model
 
@@ -127,6 +127,29 @@ def test_the_same_step_twice_has_the_same_bits():
         results.append([epsilon, shift, *gradients])
     for first, second in zip(*results, strict=True):
         assert torch.equal(first, second)
+
+
+def test_recomputed_activations_give_the_same_bits_and_keep_less():
+    results, kept = [], []
+    for recomputes in (False, True):
+        decoder, encoder = make(UNEVEN.model_copy(update={"dropout": 0.1}))
+        set_recomputing(decoder, recomputes)
+        saved: dict[int, int] = {}
+
+        def keep(tensor: Tensor, saved: dict[int, int] = saved) -> Tensor:
+            storage = tensor.untyped_storage()
+            saved[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            epsilon, shift = step(decoder, encoder, *inputs())
+        kept.append(sum(saved.values()))
+        parameters = [parameter for _, parameter in trained(decoder, encoder)]
+        gradients = torch.autograd.grad((epsilon + shift).square().mean(), parameters)
+        results.append([epsilon, shift, *gradients])
+    for first, second in zip(*results, strict=True):
+        assert torch.equal(first, second)
+    assert kept[1] < 0.7 * kept[0], kept
 
 
 def test_dropout_of_the_shift_path_is_on_in_training_and_off_in_evaluation():
