@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: help setup demo test check format slow faults clean
 
 help:
-	@echo "make demo    set up .venv and run the whole line on this machine (about 6 minutes once installed)"
+	@echo "make demo    set up .venv and run the whole line on this machine (about 7 minutes once installed)"
 	@echo "make test    set up .venv and run the tests"
 	@echo "make check   lint, format, types, import direction"
 	@echo "make faults  every fault by hand: kills, dead servers, broken shards"

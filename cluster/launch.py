@@ -16,6 +16,7 @@ from ray.exceptions import RayError
 from ray.train import FailureConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 from ray.train.v2.api.exceptions import TrainingFailedError
 
@@ -23,6 +24,7 @@ from cluster.coordinator import NAMESPACE, start_coordinator
 from cluster.session import interrupts_raised, last_line, ray_session, result_of
 from configs.loading import digest
 from configs.schema import DitiTask, RunConfig
+from data_pipelines.bad_samples import TooManyBadSamplesError
 from data_pipelines.object_store import StoreError, absolute
 from data_pipelines.sample_order import legal_world_sizes
 from pretrain import checkpoint
@@ -30,10 +32,11 @@ from pretrain.backbone import BUILTIN_PREFIX
 from pretrain.heartbeat import stalled
 from pretrain.preflight import Preflight, open_store, preflight, run_url
 from pretrain.progress import Progress
-from pretrain.publisher import collect_orphans
-from pretrain.train import Wish, run
+from pretrain.publisher import SupersededError, collect_orphans
+from pretrain.train import TrainingDivergedError, Wish, run
 
 POLL_SECONDS = 1.0
+FOR_GOOD = (SupersededError, TrainingDivergedError, TooManyBadSamplesError)
 _log = logging.getLogger(__name__)
 
 
@@ -72,7 +75,7 @@ def launch_training(
         RunFailedError: the run failed more often than it may, or for good.
         RunStoppedError: SIGTERM, or somebody through the coordinator, has asked it to stop.
     """
-    config = _with_absolute_paths(config)
+    config = with_absolute_paths(config)
     store = open_store(config)
     found = preflight(config, config.cluster.num_workers, allow_change, from_step)
     if from_step is not None:  # only once nothing is left to be refused
@@ -127,7 +130,7 @@ def _stops_when_terminated(coordinator: Any, seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _with_absolute_paths(config: RunConfig) -> RunConfig:
+def with_absolute_paths(config: RunConfig) -> RunConfig:
     """Ray Train's workers run in folders of their own, where relative paths would lead astray."""
     task = config.task
     if isinstance(task, DitiTask) and not task.backbone.weights.startswith(BUILTIN_PREFIX):
@@ -177,9 +180,12 @@ def _trainer(config: RunConfig, local_dir: Path, allow_change: Sequence[str]) ->
 
 
 class _Trainer(TorchTrainer):
-    """Ray's, whose elastic worker group has only sizes that split the global batch."""
+    """Ray's, whose elastic worker group has only sizes that split the global batch, and which
+    does not repeat what would fail again."""
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+        assert self.run_config.failure_config is not None
+        arguments["failure_policy"] = _ForGood(self.run_config.failure_config)
         policy = arguments["scaling_policy"]
         if isinstance(policy, ElasticScalingPolicy):
             assert self.train_loop_config is not None
@@ -187,6 +193,16 @@ class _Trainer(TorchTrainer):
             legal = legal_world_sizes(config.train.global_batch)
             arguments["scaling_policy"] = _LegalSizes(policy.scaling_config, legal)
         return super()._initialize_and_run_controller(**arguments)
+
+
+class _ForGood(DefaultFailurePolicy):
+    """A worker's error that a restart would only meet again, or must not undo, ends the run."""
+
+    def _is_retryable_error(self, training_failed_error: TrainingFailedError) -> bool:
+        failures = getattr(training_failed_error, "worker_failures", {}).values()
+        if any(isinstance(failure, FOR_GOOD) for failure in failures):
+            return False
+        return super()._is_retryable_error(training_failed_error)
 
 
 class _LegalSizes(ElasticScalingPolicy):

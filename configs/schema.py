@@ -611,8 +611,8 @@ class RunConfig(Section):
         ramps = self.optimizer.warmup_images + self.optimizer.decay_images
         if ramps > train.total_images:
             raise ValueError(
-                f"optimizer.warmup_images + decay_images ({ramps}) must not exceed "
-                f"train.total_images ({train.total_images})"
+                f"optimizer.warmup_images + optimizer.decay_images ({ramps}) must not exceed "
+                f"train.total_images ({train.total_images}); lower them with it"
             )
         return self
 

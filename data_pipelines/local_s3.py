@@ -7,6 +7,7 @@ in whatever way, kill -9 included. Data lives in the given folder and survives `
 and a new start.
 """
 
+import fcntl
 import http.client
 import os
 import random
@@ -104,12 +105,36 @@ class LocalS3:
 
 @contextmanager
 def local_s3(folder: Path, *, bucket: str = "diti") -> Iterator[LocalS3]:
-    """`start_local_s3` for the length of a block."""
-    server = start_local_s3(folder, bucket=bucket)
-    try:
-        yield server
-    finally:
-        server.stop()
+    """`start_local_s3` for the length of a block; one at a time on a folder.
+
+    Raises:
+        LocalS3Error: the folder is in use, or the server does not start.
+    """
+    with _only_user(folder):
+        server = start_local_s3(folder, bucket=bucket)
+        try:
+            yield server
+        finally:
+            server.stop()
+
+
+@contextmanager
+def _only_user(folder: Path) -> Iterator[None]:
+    """Two servers on the same data would spoil them. The lock ends with this process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "in-use.lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.seek(0)
+            raise LocalS3Error(
+                f"{folder} is in use by process {lock.read().strip() or 'unknown'}; wait for its "
+                f"end, or take another folder"
+            ) from error
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
 
 
 def start_local_s3(folder: Path, *, bucket: str = "diti") -> LocalS3:

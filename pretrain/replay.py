@@ -1,10 +1,11 @@
 """One step of a run again: what each of its samples cost, and which of them broke it.
 
 The run's folder is only read. From the newest complete checkpoint before the step, the steps up to
-it are taken again on one rank; sums run in another order than on several, so the last digits may
-differ from the run's.
+it are taken again on one rank. Where the run had several, sums ran in another order, so the last
+digits may differ; and with dropout each of them drew its own, so the loss is only a like one.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,8 +45,11 @@ class Replayed:
     """In order of position."""
 
 
-def replay(config: RunConfig, step: int) -> Replayed:
+def replay(config: RunConfig, step: int, allow_change: Sequence[str] = ()) -> Replayed:
     """Take step number `step` (from 1) of the run again.
+
+    Args:
+        allow_change: settings that may differ from those of the checkpoint, see `resumable`.
 
     Raises:
         ValueError: the run has no such step, or no complete checkpoint before it.
@@ -65,7 +69,10 @@ def replay(config: RunConfig, step: int) -> Replayed:
     set_recomputing(model, config.engine.recompute_activations)
     engine = Engine(model, config.engine, config.optimizer, plan, world)
     ema = Ema([piece.weights for piece in engine.pieces], config.train.ema_decay)
-    restore(manifest, store, config, index, backbone, engine, ema, rank=world.rank)
+    restore(
+        manifest, store, config, index, backbone, engine, ema,
+        rank=world.rank, allow_change=allow_change,
+    )  # fmt: skip
     model.train()
     order = sample_order(config, index)
     batches = open_batches(store, index, order, config, plan, world, first_batch=manifest.step)

@@ -168,7 +168,7 @@ def run(
                         saver.publish(step, engine, ema, metrics, budget)
                 if report and step < plan.total_steps and wish is not Wish.STOP:
                     report(replace(progress, checkpoint_step=saver.newest_step))
-                window = Window()
+                window = Window(warm=True)
         manifest = saver.finish(metrics)
         if report and progress:
             report(replace(progress, checkpoint_step=manifest.step))
@@ -227,9 +227,9 @@ def _explain(window: Window, saver: Saver) -> str:
     return (
         f"{first.what} is {value} at step {step}, first on rank {first.rank}; its samples, by "
         f"position and key, are in {saver.faults_url}; diti train RUN.YAML --replay {step} shows "
-        f"the loss of each. The newest complete checkpoint is step {saver.newest_step}. Lower "
-        f"optimizer.learning_rate or set optimizer.clip_norm, and say that it is meant "
-        f"(--allow-change optimizer); --from-step goes back further."
+        f"the loss of each. The newest complete checkpoint is step {saver.newest_step}; if it is "
+        f"spoiled already, go further back with --from-step. Lower optimizer.learning_rate or set "
+        f"optimizer.clip_norm, and say that it is meant (--allow-change optimizer)."
     )
 
 

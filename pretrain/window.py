@@ -36,7 +36,8 @@ class Speed:
 class Window:
     """The steps since the last report."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, warm: bool = False) -> None:
+        self._warm = warm  # in a run's first window everybody waits once
         self.taken: list[Taken] = []
         self.decode_seconds = 0.0
         self._batches: list[Batch] = []
@@ -92,7 +93,9 @@ class Window:
                 shares["data wait"],
                 self.decode_seconds / seconds / config.data.decode_threads,
                 config.data.decode_threads,
-            ),
+            )
+            if self._warm
+            else "",
         )
 
 

@@ -232,7 +232,7 @@ RESNET10 = MINIMAL["DitiTask"] | {"encoder": {"kind": "resnet10"}}
         ),
         (
             lambda: changed_run(optimizer={"warmup_images": 600, "decay_images": 401}),
-            r"warmup_images \+ decay_images \(1001\) must not exceed train.total_images \(1000\)",
+            r"optimizer.decay_images \(1001\) must not exceed train.total_images \(1000\); lower",
         ),
         (
             lambda: changed_run(task=UNET, data={"image_size_px": 36}),

@@ -36,6 +36,18 @@ def wait_until_gone(pid: int) -> None:
         time.sleep(0.02)
 
 
+def test_two_servers_cannot_have_the_same_folder(tmp_path: Path) -> None:
+    with (
+        local_s3(tmp_path) as server,
+        pytest.raises(LocalS3Error, match=f"in use by process {os.getpid()}; wait for its end"),
+        local_s3(tmp_path),
+    ):
+        pass
+    assert server.process.poll() is not None, "the first one has ended with its block"
+    with local_s3(tmp_path):
+        pass
+
+
 def test_the_bucket_is_usable_at_once_and_data_outlives_a_kill_and_a_new_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

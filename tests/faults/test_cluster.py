@@ -151,6 +151,21 @@ def test_a_worker_that_stops_stepping_is_named_and_fails_the_run_in_time(
     assert "the run has stalled: rank 1" in caplog.text
 
 
+def test_a_run_that_diverges_ends_at_once_and_is_not_tried_again(tmp_path: Path) -> None:
+    config = make_run(STORE, str(tmp_path), "optimizer.learning_rate=1e30")
+    assert config.cluster.max_failures > 0
+    pids: set[int] = set()
+    with pytest.raises(RunFailedError, match=r"at step \d+, first on rank \d; its samples"):
+        launch_training(
+            config,
+            local_dir=tmp_path / "local",
+            on_progress=lambda ranks: pids.update(rank.pid for rank in ranks.values()),
+        )
+    assert len(pids) <= 2, "the workers were started once"
+    attempts = [info.url for info in STORE.list(run_url(config)) if "/parts-" in info.url]
+    assert len({url.partition("/parts-")[2][:8] for url in attempts}) == 1
+
+
 def test_a_checkpoint_that_storage_does_not_take_is_given_up_and_the_next_has_it_all(
     victim: LocalS3, tmp_path: Path, world: object, caplog: pytest.LogCaptureFixture
 ) -> None:

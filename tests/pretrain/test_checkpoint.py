@@ -166,6 +166,7 @@ def test_parts_without_a_manifest_are_invisible(run: Run):
 
 def test_a_second_attempt_at_a_step_shares_nothing_with_the_first(run: Run):
     first = run.publish(2, files={"a": b"first", "b": b"first"})
+    STORE.delete(join(run.url, "checkpoints", "step-00000002", "COMPLETE.json"))  # killed before it
     again = run.publish(2, files={"a": b"again"})
     assert checkpoint.find(STORE, run.url, 2) == again
     assert list(again.files) == ["a"]
@@ -483,6 +484,19 @@ def test_an_attempt_that_was_replaced_publishes_no_more(run: Run):
     manifest = new.settle(wait=True)
     assert isinstance(manifest, Manifest)
     assert checkpoint.read_file(STORE, run.url, manifest, "metrics.jsonl") == b"new"
+
+
+def test_a_complete_checkpoint_is_not_replaced_by_another_runs(run: Run):
+    first = Publisher(STORE, run.url, ALONE, deadline_seconds=5, kept_steps=set)
+    first.start(make_manifest(2), [("metrics.jsonl", partial(bytes, b"first"))])
+    assert isinstance(first.settle(wait=True), Manifest)
+    second = Publisher(STORE, run.url, ALONE, deadline_seconds=5, kept_steps=set)
+    second.start(make_manifest(2), [("metrics.jsonl", partial(bytes, b"second"))])
+    error = second.settle(wait=True)
+    assert isinstance(error, SupersededError)
+    assert "another run of the same name has published step-00000002" in str(error)
+    kept = checkpoint.read_manifest(STORE, run.url, 2)
+    assert checkpoint.read_file(STORE, run.url, kept, "metrics.jsonl") == b"first"
 
 
 def test_a_part_that_does_not_arrive_is_named_after_the_deadline(run: Run):

@@ -1,15 +1,19 @@
 """Operations are those of the layers, counted by hand; counting changes nothing."""
 
+import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from pretrain import flops
 from pretrain.flops import count_flops, measured_peak
+from tests.tiny_model import tiny_diti
 
 CPU = torch.device("cpu")
 
 
 class Tiny(nn.Module):
-    """A convolution from 3 to 4 channels and a frozen matrix product."""
+    """A convolution from 3 to 4 channels, and a norm whose averages could move."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,5 +36,20 @@ def test_forward_and_backward_are_counted_and_nothing_changes():
     assert all(weight.grad is None for weight in model.parameters())
 
 
-def test_a_peak_is_a_speed():
-    assert 1e8 < measured_peak(CPU, torch.float32) < 1e15
+def test_what_the_backbone_does_is_counted_apart():
+    model = tiny_diti()
+    image, t = torch.zeros(1, 3, 8, 8), torch.zeros(1, dtype=torch.int64)
+    with FlopCounterMode(display=False) as backbone, torch.no_grad():
+        model.decoder.backbone(image, t)
+    with FlopCounterMode(display=False) as forward:
+        model(image, t, image)
+    found = count_flops(model, 8, CPU)
+    assert found.frozen == backbone.get_total_flops() > 0
+    of_trained = forward.get_total_flops() - found.frozen
+    assert 2 * of_trained < found.trained < 3 * of_trained, "the backward pass takes about twice"
+
+
+def test_a_peak_is_the_fastest_of_several_products(monkeypatch: pytest.MonkeyPatch):
+    seconds = iter([0.5, 0.25, 1.0, 0.5])
+    monkeypatch.setattr(flops, "_seconds_of_product", lambda a: next(seconds))
+    assert measured_peak(CPU, torch.float32) == 2 * 1024**3 / 0.25

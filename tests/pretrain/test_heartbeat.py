@@ -1,9 +1,15 @@
 """The rank that the others wait for is named; nobody is where all go on, or all have ended."""
 
-import pytest
+import os
+import time
 
-from pretrain.heartbeat import stalled
+import pytest
+import torch
+
+from pretrain.heartbeat import heartbeat, stalled
 from pretrain.progress import Pulse
+from pretrain.step_clock import StepClock
+from pretrain.world import World
 
 
 def pulse(rank: int, phase: str, seconds: float, age: float = 1.0) -> tuple[Pulse, float]:
@@ -28,6 +34,25 @@ def test_a_rank_that_no_longer_speaks_is_named():
 def test_where_all_wait_for_each_other_it_is_the_network():
     [said] = stalled([WAITS, pulse(1, "communication", 39)], 30) or []
     assert "network" in said
+
+
+def test_waiting_for_others_to_publish_is_waiting_too():
+    [said] = stalled([pulse(0, "checkpoint", 40), pulse(1, "data wait", 41)], 30) or []
+    assert said.startswith("rank 1")
+
+
+def test_a_rank_says_at_once_and_again_what_it_is_at(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("pretrain.heartbeat.BEAT_SECONDS", 0.05)
+    clock, heard = StepClock(torch.device("cpu")), []
+    clock.step = 7
+    world = World(rank=3, size=4, device=torch.device("cpu"))
+    with clock("data wait"), heartbeat(clock, world, heard.append):
+        time.sleep(0.5)
+    assert len(heard) > 2
+    assert {(each.rank, each.step, each.phase, each.pid) for each in heard} == {
+        (3, 7, "data wait", os.getpid())
+    }
+    assert heard[0].seconds < 0.1 < 0.3 < heard[-1].seconds < 0.6
 
 
 @pytest.mark.parametrize(

@@ -35,10 +35,19 @@ def test_a_gradient_that_is_no_number_is_found_before_the_loss_that_follows_from
 
 def test_a_loss_of_more_than_twice_the_usual_one_is_told_with_how_many_times():
     watch = LossWatch()
-    assert [watch.jump(loss) for loss in [1.0, 1.1, 0.9] * 4 + [1.9]] == [None] * 13
+    assert [watch.jump(loss) for loss in [1.0, 1.1, 0.9] * 4 + [1.99]] == [None] * 13
     assert watch.jump(3.0) == pytest.approx(3.0)
+
+
+def test_what_was_usual_long_ago_is_forgotten():
+    watch = LossWatch()
+    for _ in range(40):
+        watch.jump(1.0)
+    assert [watch.jump(3.0) for _ in range(15)][-1] is not None
+    assert [watch.jump(3.0) for _ in range(17)][-1] is None, "now it is the usual one"
 
 
 def test_nothing_is_usual_before_there_were_a_few_windows():
     watch = LossWatch()
-    assert [watch.jump(loss) for loss in (1.0, 1.0, 9.0)] == [None] * 3
+    assert [watch.jump(loss) for loss in (*[1.0] * 7, 9.0)] == [None] * 8
+    assert watch.jump(9.0) == pytest.approx(9.0)

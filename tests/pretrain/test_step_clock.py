@@ -50,6 +50,12 @@ def test_others_see_what_runs():
         phase, since = clock.where
     assert phase == "data wait"
     assert time.monotonic() - since < 1
+    with clock("backward"):
+        time.sleep(0.02)
+        with clock("communication"):
+            time.sleep(0.02)
+        assert clock.where[0] == "backward"
+        assert time.monotonic() - clock.where[1] < 0.02, "since it came back to it"
 
 
 def test_a_phase_costs_microseconds():

@@ -4,7 +4,8 @@ from pretrain.window import starvation_hint
 
 
 def test_no_hint_while_little_is_waited():
-    assert starvation_hint(0.05, 1.0, 2) == ""
+    assert starvation_hint(0.09, 1.0, 2) == ""
+    assert starvation_hint(0.11, 1.0, 2)
 
 
 def test_threads_that_never_rest_are_too_few():

@@ -92,10 +92,12 @@ def train(
             changes.append(f"task.start_from={json.dumps(absolute(checkpoint))}")
         config = load_run(run_file, tuple(changes))
         if replay is not None:
+            from cluster.launch import with_absolute_paths
             from pretrain.replay import replay as take_again
             from tools.tables import print_replay
 
-            print_replay(take_again(config, replay))
+            allowed = tuple(allow_change or ())
+            print_replay(take_again(with_absolute_paths(config), replay, allowed))
             return
 
         from pretrain.preflight import run_url
