@@ -16,6 +16,7 @@ from data_pipelines.object_store import (
     ObjectMissingError,
     ObjectStore,
     StoreError,
+    join,
 )
 from pretrain import checkpoint
 from pretrain.checkpoint import CheckpointError, Manifest
