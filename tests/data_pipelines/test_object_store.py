@@ -309,7 +309,7 @@ def test_wrong_or_absent_credentials_are_refused_at_once_and_never_shown(
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     with pytest.raises(AccessRefusedError, match="set AWS_ACCESS_KEY_ID"):
         ObjectStore().check_access(s3_url, write=False)
-    assert time.monotonic() - started < 5.0, "a refusal must not be retried"
+    assert time.monotonic() - started < 30.0, "a refusal must not be retried: that takes a minute"
 
 
 def test_an_endpoint_with_a_password_is_refused_without_showing_it(monkeypatch):
