@@ -6,7 +6,6 @@ takes minutes to build, and a rank whose peer dies spins in it for ever; gloo no
 """
 
 import ctypes
-import functools
 import logging
 import os
 import sys
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from configs.schema import EngineConfig, OptimizerConfig
 from pretrain.pieces import Piece
 from pretrain.run_plan import RunPlan
-from pretrain.step_clock import Clock, untimed
+from pretrain.step_clock import Clock, timed, untimed
 from pretrain.world import World
 
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -279,13 +278,7 @@ def _time_collectives(deepspeed: Any, clock: Clock) -> None:
     for name in _COLLECTIVES:
         method = getattr(backend, name)
         method = getattr(method, "__wrapped__", method)  # an engine before this one had a clock
-
-        @functools.wraps(method)
-        def timed(*args: Any, _method: Any = method, **kwargs: Any) -> Any:
-            with clock("communication"):
-                return _method(*args, **kwargs)
-
-        setattr(backend, name, timed)
+        setattr(backend, name, timed(clock, "communication", method))
 
 
 def _import_deepspeed(world: World) -> Any:

@@ -47,9 +47,9 @@ def stalled(pulses: Sequence[tuple[Pulse, float]], after: float) -> list[str] | 
     Args:
         pulses: the newest of every rank, with its age in seconds.
     """
-    if all(age > after for _, age in pulses):
-        return None
     silent = [(pulse, age) for pulse, age in pulses if age > after]
+    if len(silent) == len(pulses):
+        return None
     if silent:
         return [
             f"{_name(pulse)} has given no sign of life for {age:.0f} s, last at step {pulse.step} "

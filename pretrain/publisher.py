@@ -176,13 +176,13 @@ class Publisher:
                 f"another attempt of the run at {self._run_url} has started: {manifest.name} of "
                 f"this one is not published"
             )
-        if manifest.step in complete_steps(self._store, self._run_url):
+        where = join(checkpoints_url(self._run_url), manifest.name, MANIFEST_NAME)
+        if self._store.exists(where):
             raise SupersededError(
                 f"another run of the same name has published {manifest.name} at {self._run_url} "
                 f"meanwhile; give this one another name"
             )
-        folder = join(checkpoints_url(self._run_url), manifest.name)
-        self._store.write(join(folder, MANIFEST_NAME), to_json(manifest))
+        self._store.write(where, to_json(manifest))
         latest = join(checkpoints_url(self._run_url), "latest.json")
         self._store.write(latest, to_json({"name": manifest.name}))
 

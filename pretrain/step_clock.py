@@ -5,13 +5,16 @@ marks are events in its stream: a phase is charged for the work that it queued, 
 of queueing, and nothing waits for it before the window is closed.
 """
 
+import functools
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import ParamSpec, TypeVar
 
 import torch
 
+P = ParamSpec("P")
+Result = TypeVar("Result")
 PHASES = (
     "data wait",
     "host to device",
@@ -35,15 +38,37 @@ def untimed(phase: str) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-class StepClock:
-    """A `Clock`. Used by one thread; others may look at `where` and `step`."""
+def timed(clock: Clock, phase: str, function: Callable[P, Result]) -> Callable[P, Result]:
+    """`function`, charged to a phase whenever it is called; `__wrapped__` is itself."""
 
-    def __init__(self, device: torch.device) -> None:
+    @functools.wraps(function)
+    def charged(*args: P.args, **kwargs: P.kwargs) -> Result:
+        with clock(phase):
+            return function(*args, **kwargs)
+
+    return charged
+
+
+class StepClock:
+    """A `Clock`. Used by one thread; others may look at `where` and `step`.
+
+    Args:
+        phases: all there are; the last one has what is in no other.
+        seconds: what passes on a CPU.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        phases: Sequence[str] = PHASES,
+        seconds: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self._on_gpu = device.type == "cuda"
-        self._entered = ["other"]
+        self._phases, self._seconds = phases, seconds
+        self._entered = [phases[-1]]
         self._marks: list[tuple[str, float | torch.cuda.Event]] = []
         self._last = self._now()
-        self.where = ("other", time.monotonic())
+        self.where = (phases[-1], time.monotonic())
         """The phase that runs, and since when by `time.monotonic`."""
         self.step = 0
         """Steps done."""
@@ -51,7 +76,8 @@ class StepClock:
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         self._mark()
-        self._enter(phase)
+        self._entered.append(phase)
+        self.where = (phase, time.monotonic())
         try:
             yield
         finally:
@@ -64,23 +90,19 @@ class StepClock:
         self._mark()
         if self._on_gpu:
             torch.cuda.synchronize()
-        seconds: dict[str, float] = defaultdict(float)
+        seconds = dict.fromkeys(self._phases, 0.0)
         for phase, mark in self._marks:
             seconds[phase] += _between(self._last, mark)
             self._last = mark
         self._marks = []
-        return {phase: seconds[phase] for phase in PHASES}
-
-    def _enter(self, phase: str) -> None:
-        self._entered.append(phase)
-        self.where = (phase, time.monotonic())
+        return seconds
 
     def _mark(self) -> None:
         self._marks.append((self._entered[-1], self._now()))
 
     def _now(self) -> "float | torch.cuda.Event":
         if not self._on_gpu:
-            return time.perf_counter()
+            return self._seconds()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event

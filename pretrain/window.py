@@ -1,9 +1,8 @@
 """What happened since the last report, as it is reported."""
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +16,6 @@ from pretrain.sentinels import Taken
 from pretrain.step_clock import PHASES, StepClock
 from pretrain.world import World, mean_over_ranks
 
-_NO_IMAGES = np.empty((0, 0, 0, 3), np.uint8)
 STARVING = 0.1
 """Share of a step spent waiting for data above which something is said."""
 BUSY = 0.8
@@ -40,19 +38,20 @@ class Window:
         self._warm = warm  # in a run's first window everybody waits once
         self.taken: list[Taken] = []
         self.decode_seconds = 0.0
-        self._batches: list[Batch] = []
+        self._positions: list[int] = []
+        self._keys: list[str] = []
 
     def note(self, batch: Batch) -> None:
         """A micro-batch of the step that comes."""
-        self._batches.append(replace(batch, images=_NO_IMAGES))
+        self._positions += batch.positions.tolist()
+        self._keys += batch.keys
         self.decode_seconds += batch.decode_seconds
 
     def took(self, step: int, loss: Tensor, gradient_norm: Tensor | float) -> None:
         """The step is done."""
-        positions = tuple(p for batch in self._batches for p in batch.positions.tolist())
-        keys = tuple(key for batch in self._batches for key in batch.keys)
-        self.taken.append(Taken(step, loss, gradient_norm, positions, keys))
-        self._batches = []
+        samples = tuple(self._positions), tuple(self._keys)
+        self.taken.append(Taken(step, loss, gradient_norm, *samples))
+        self._positions, self._keys = [], []
 
     def close(
         self,

@@ -13,12 +13,10 @@ import resource
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing.connection import Connection
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,11 +28,11 @@ from pretrain.diti import DiTi
 from pretrain.ema import Ema
 from pretrain.encoder import Encoder
 from pretrain.engine import keep_freed_memory
+from pretrain.step_clock import StepClock, timed
 from pretrain.unet import UNet
 from tools.benchmarks import plain_model
 from tools.benchmarks.peak import Operation, OperationList, best_cpu_seconds, measure_peak
 
-Result = TypeVar("Result")
 Way = Literal["ours", "published"]
 WAYS: tuple[Way, ...] = ("ours", "published")
 PHASES = ("frozen forward", "encoder", "trainable forward", "backward", "optimizer", "EMA")
@@ -95,38 +93,9 @@ class Report:
         return self.speed(way) * self.ways[way].executed_gflop_per_image / self.peak_gflops
 
 
-class PhaseClock:
-    """CPU seconds per phase. A phase inside another one is not counted to the outer."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
-        self._running: list[str] = []
-        self._since = 0.0
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        self._charge()
-        self._running.append(name)
-        try:
-            yield
-        finally:
-            self._charge()
-            self._running.pop()
-
-    def timed(self, name: str, function: Callable[..., Result]) -> Callable[..., Result]:
-        """`function` as a phase."""
-
-        def wrapped(*args: Any) -> Result:
-            with self.phase(name):
-                return function(*args)
-
-        return wrapped
-
-    def _charge(self) -> None:
-        now = time.process_time()
-        if self._running:
-            self.seconds[self._running[-1]] += now - self._since
-        self._since = now
+def make_clock() -> StepClock:
+    """CPU seconds of each of `PHASES`, and of what is in none of them."""
+    return StepClock(torch.device("cpu"), (*PHASES, "other"), time.process_time)
 
 
 class Trainer:
@@ -135,7 +104,7 @@ class Trainer:
     def __init__(self, way: Way, batch: int) -> None:
         torch.manual_seed(0)
         self.way = way
-        self.clock = PhaseClock()
+        self.clock = make_clock()
         self.model = make_model()
         if way == "published":
             take_the_plain_way(self.model)
@@ -143,7 +112,7 @@ class Trainer:
             (self.model.decoder, "look", "frozen forward"),
             (self.model.encoder, "forward", "encoder"),
         ):
-            setattr(part, method, self.clock.timed(name, getattr(part, method)))
+            setattr(part, method, timed(self.clock, name, getattr(part, method)))
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.adam = torch.optim.AdamW(
             self.trained, lr=1e-4, weight_decay=0.0, fused=True if way == "ours" else None
@@ -155,14 +124,14 @@ class Trainer:
 
     def step(self) -> None:
         """What `Engine.step` and `Ema.update` do in a run."""
-        with self.clock.phase("trainable forward"):
+        with self.clock("trainable forward"):
             loss = self.model(self.images, self.t_B, self.noise).mean()
-        with self.clock.phase("backward"):
+        with self.clock("backward"):
             loss.backward()
-        with self.clock.phase("optimizer"):
+        with self.clock("optimizer"):
             self.adam.step()
             self.adam.zero_grad()
-        with self.clock.phase("EMA"):
+        with self.clock("EMA"):
             if self.way == "ours":
                 self.ema.update()
             else:
@@ -251,11 +220,11 @@ def _work(way: Way, batch: int, threads: int, pipe: Connection) -> None:
     trainer.step()
     pipe.send("ready")
     while pipe.recv() == "step":
-        trainer.clock.seconds = dict.fromkeys(PHASES, 0.0)
+        trainer.clock.close()
         wall, cpu = time.perf_counter(), time.process_time()
         trainer.step()
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-        pipe.send({"wall": wall, "cpu": cpu, **trainer.clock.seconds})
+        pipe.send({"wall": wall, "cpu": cpu, **trainer.clock.close()})
     peak_rss_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     pipe.send((peak_rss_gib, flops.get_total_flops() / batch / 1e9))
 
