@@ -551,11 +551,32 @@ class EngineConfig(Section):
     """Of what the model computes with; the optimizer and the average keep float32."""
     offload_optimizer: bool = False
     """Keep the optimizer's state, and take its steps, in the CPU's memory."""
+    backbone: Literal["replicated", "partitioned", "offloaded"] = "replicated"
+    """Where the frozen weights are: whole on every rank; or one part on each rank, every layer
+    being gathered when it computes and let go after; or such parts in the CPU's memory."""
     recompute_activations: bool = False
     """Compute what the trained U-Net blocks keep for the backward pass a second time instead: less
     memory, more time."""
+    compile: Literal["nothing", "frozen", "trained", "both"] = "nothing"
+    """What torch.compile makes kernels of at the start, which takes minutes, and on a CPU a C++
+    compiler: the frozen backbone, and encoder with shift path."""
     attention: Literal["auto", "xformers", "sdpa"] = "auto"
     """Attention kernel; `xformers` refuses to start where the kernel does not work."""
+
+    @model_validator(mode="after")
+    def _compiles_only_what_is_whole(self) -> Self:
+        """ZeRO-3 gathers weights in hooks, which a compiled module does not run."""
+        if self.compile in ("frozen", "both") and self.backbone != "replicated":
+            raise ValueError(
+                f"compile {self.compile!r} needs backbone 'replicated', got {self.backbone!r}: "
+                f"a backbone in parts is gathered layer by layer, which cannot be compiled"
+            )
+        if self.compile in ("trained", "both") and self.zero_stage == 3:
+            raise ValueError(
+                f"compile {self.compile!r} needs zero_stage 0, 1 or 2, got 3: weights in parts "
+                f"are gathered layer by layer, which cannot be compiled; use stage 2"
+            )
+        return self
 
 
 class ClusterConfig(Section):

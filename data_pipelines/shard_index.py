@@ -135,6 +135,11 @@ class ShardIndex:
         return int(self.sizes.sum())
 
     @property
+    def size_bytes(self) -> int:
+        """Of all its tars."""
+        return int(self.table["size_bytes"].to_numpy().sum())
+
+    @property
     def digest(self) -> str:
         """SHA-256 of content and order, not of place: a copy elsewhere has the same digest."""
         digest = hashlib.sha256()

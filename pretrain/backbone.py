@@ -64,7 +64,7 @@ def load_backbone(store: ObjectStore, config: BackboneConfig) -> Backbone:
             f"backbone {config.weights} has SHA-256 {digest}, but task.backbone.sha256 pins "
             f"{config.sha256}; use the pinned file, or pin this one if the change is meant"
         )
-    card_url = config.weights.removesuffix(".safetensors") + ".json"
+    card_url = _card_url(config.weights)
     card = _parse_card(_read_card(store, card_url), card_url)
     unet = UNet(card["unet"])
     _load_exactly(unet, _parse_weights(weights, config.weights), config.weights)
@@ -75,6 +75,18 @@ def load_backbone(store: ObjectStore, config: BackboneConfig) -> Backbone:
         )
     unet.requires_grad_(False).eval()
     return Backbone(unet, card["schedule"], card["image_size_px"], digest, card["prediction"])
+
+
+def untrained_backbone(store: ObjectStore, config: BackboneConfig) -> Backbone:
+    """One with the shape on the card of `config`, whose weights need not be there; to plan by.
+
+    Raises:
+        BackboneError: there is no card, or an unreadable one.
+    """
+    card_url = _card_url(config.weights)
+    card = _parse_card(_read_card(store, card_url), card_url)
+    unet = UNet(card["unet"]).requires_grad_(False).eval()
+    return Backbone(unet, card["schedule"], card["image_size_px"], "", card["prediction"])
 
 
 def save_backbone(
@@ -99,8 +111,7 @@ def save_backbone(
     card = _card_of(unet, prediction, schedule, image_size_px) | {"sha256": digest}
     card |= {key: value for key, value in provenance.items() if key not in card}
     store.write(url, weights)
-    card_url = url.removesuffix(".safetensors") + ".json"
-    store.write(card_url, (json.dumps(card, indent=2) + "\n").encode())
+    store.write(_card_url(url), (json.dumps(card, indent=2) + "\n").encode())
     return digest
 
 
@@ -157,6 +168,10 @@ def _read(store: ObjectStore, url: str) -> bytes:
         )
         raise BackboneError(f"there is no packaged backbone {url}; there are {names}")
     return path.read_bytes()
+
+
+def _card_url(weights_url: str) -> str:
+    return weights_url.removesuffix(".safetensors") + ".json"
 
 
 def _read_card(store: ObjectStore, url: str) -> bytes:

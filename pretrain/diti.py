@@ -16,11 +16,12 @@ from pretrain.shift_decoder import FrozenPass, ShiftDecoder
 from pretrain.step_clock import Clock, untimed
 from pretrain.timesteps import timestep_distribution
 
-FROZEN_PREFIX = "decoder.backbone."
-
 
 class DiTi(nn.Module):
     """Images to one loss each; also the pieces that export and evaluation use.
+
+    Its parameters and its state are what training changes; the frozen backbone is beside them, in
+    `decoder.trunk`.
 
     Raises:
         ValueError: the partition and the backbone's schedule, or the image sizes, do not agree.
@@ -69,11 +70,6 @@ class DiTi(nn.Module):
         """Move schedule and masks. They are no buffers, so that no engine casts them to bf16."""
         self.schedule, self.masks = self.schedule.to(device), self.masks.to(device)
 
-    def trained_state(self) -> dict[str, Tensor]:
-        """All that training changes, by name: the trainable parameters, and BatchNorm's buffers."""
-        state = self.state_dict()
-        return {name: t for name, t in state.items() if not name.startswith(FROZEN_PREFIX)}
-
     def estimates(self, xt_BCHW: Tensor, t_B: Tensor, *z_BD: Tensor) -> tuple[Tensor, ...]:
         """Noise estimates of the backbone alone, then of DiTi given each z, from x_t; all BCHW.
 
@@ -82,7 +78,7 @@ class DiTi(nn.Module):
         frozen = self.decoder.look(xt_BCHW, t_B)
         epsilon = self._epsilon(frozen, xt_BCHW, t_B)
         shown = [conditions(self.masks, "base", z, t_B)[0] for z in z_BD]
-        shifts = [self.decoder.shift(frozen, condition) for condition in shown]
+        shifts = [self.decoder(frozen, condition) for condition in shown]
         return epsilon, *(shifted_estimate(self.schedule, t_B, epsilon, s) for s in shifts)
 
     def epsilon_and_shift(
@@ -90,7 +86,7 @@ class DiTi(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The backbone's noise estimate and the shift G, from x_t and a masked z; both BCHW."""
         frozen = self.decoder.look(xt_BCHW, t_B)
-        return self._epsilon(frozen, xt_BCHW, t_B), self.decoder.shift(frozen, condition_BD)
+        return self._epsilon(frozen, xt_BCHW, t_B), self.decoder(frozen, condition_BD)
 
     def forward(self, x0_BCHW: Tensor, t_B: Tensor, noise_BCHW: Tensor) -> Tensor:
         """Loss of each sample in the task's mode; float32 (B,)."""
@@ -105,7 +101,7 @@ class DiTi(nn.Module):
                 t_B=t_B,
                 noise_BCHW=noise_BCHW,
                 epsilon_BCHW=epsilon,
-                shift_BCHW=self.decoder.shift(frozen, condition),
+                shift_BCHW=self.decoder(frozen, condition),
                 weight=self.task.weight,
                 snr_gamma=self.task.snr_gamma,
                 min_snr_cap=self.task.min_snr_cap,

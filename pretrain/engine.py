@@ -1,8 +1,10 @@
 """DeepSpeed: the only module that knows it. Typed config in, ZeRO engine out.
 
-ZeRO sees the trainable parameters only; the frozen backbone is neither in the optimizer nor in a
-checkpoint. On CPU, DeepSpeed's own shared-memory collective is switched off: it needs a compiler,
-takes minutes to build, and a rank whose peer dies spins in it for ever; gloo notices.
+ZeRO's optimizer sees the trained parameters only. The frozen backbone has no optimizer: it is whole
+on every rank, or has a ZeRO-3 engine of its own that partitions or offloads its weights.
+
+On CPU, DeepSpeed's own shared-memory collective is switched off: it needs a compiler, takes minutes
+to build, and a rank whose peer dies spins in it for ever; gloo notices.
 """
 
 import ctypes
@@ -17,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from configs.schema import EngineConfig, OptimizerConfig
+from pretrain.attention import DTYPES
 from pretrain.pieces import Piece
 from pretrain.run_plan import RunPlan
 from pretrain.step_clock import Clock, timed, untimed
@@ -26,11 +29,45 @@ _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """Attributes of DeepSpeed's dynamic loss scaler that its next steps depend on."""
 
 
+BUCKET_NUMBERS = 2**24
+"""Gradients that are summed over ranks at a time. DeepSpeed's default would hold 2 GB for them."""
+LIVE_NUMBERS = 2**24
+"""Most weights that are whole at a time where weights are in parts, beside a layer's own."""
+_IN_PARTS = {
+    "stage": 3,
+    "stage3_max_live_parameters": LIVE_NUMBERS,
+    "stage3_prefetch_bucket_size": LIVE_NUMBERS // 2,
+    "stage3_max_reuse_distance": 0,  # a layer's weights are let go as soon as it has computed
+    "stage3_param_persistence_threshold": 10_000,  # small ones stay
+}
+
+
+def place_frozen(trunk: nn.Module, engine: EngineConfig, device: torch.device) -> None:
+    """Put frozen weights where `engine.backbone` says, in the run's precision.
+
+    Where they are in parts, this, and every call of `trunk` from then on, is collective.
+    """
+    trunk.to(device, DTYPES[engine.precision])
+    if engine.backbone == "replicated":
+        return
+    offload = {"offload_param": {"device": "cpu"}} if engine.backbone == "offloaded" else {}
+    _import_deepspeed(device).initialize(
+        model=trunk,
+        config={
+            "train_micro_batch_size_per_gpu": 1,  # which it insists on, and does not use
+            "bf16": {"enabled": engine.precision == "bf16"},
+            "fp16": {"enabled": engine.precision == "fp16"},
+            "zero_optimization": _IN_PARTS | offload,
+        },
+        dist_init_required=False,
+    )
+
+
 class Engine:
     """One model under ZeRO. `step` is collective: all ranks call it together.
 
     Args:
-        model: its parameters with `requires_grad` are trained; the rest stay as they are.
+        model: all its parameters are trained.
         clock: charged with forward, backward, communication and optimizer.
     """
 
@@ -43,13 +80,13 @@ class Engine:
         world: World,
         clock: Clock = untimed,
     ) -> None:
-        deepspeed = _import_deepspeed(world)
+        deepspeed = _import_deepspeed(world.device)
         self._clock, self._norm = clock, torch.zeros(())
         _time_collectives(deepspeed, clock)
         if world.device.type == "cpu":
             keep_freed_memory()
         self.zero_stage = engine.zero_stage
-        self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.trainable = dict(model.named_parameters())
         self.shapes = {name: list(p.shape) for name, p in self.trainable.items()}
         self.buffers = dict(model.named_buffers())  # BatchNorm's; nothing else here has any
         self._adam = torch.optim.AdamW(
@@ -232,7 +269,8 @@ def deepspeed_config(
         "gradient_clipping": optimizer.clip_norm or 0.0,
         "bf16": {"enabled": engine.precision == "bf16"},
         "fp16": {"enabled": engine.precision == "fp16"},
-        "zero_optimization": {"stage": engine.zero_stage}
+        "zero_optimization": {"stage": engine.zero_stage, "reduce_bucket_size": BUCKET_NUMBERS}
+        | (_IN_PARTS if engine.zero_stage == 3 else {})
         | ({"offload_optimizer": {"device": "cpu"}} if engine.offload_optimizer else {}),
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW needs no compiler
@@ -281,15 +319,15 @@ def _time_collectives(deepspeed: Any, clock: Clock) -> None:
         setattr(backend, name, timed(clock, "communication", method))
 
 
-def _import_deepspeed(world: World) -> Any:
-    if world.device.type == "cpu":
+def _import_deepspeed(device: torch.device) -> Any:
+    if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     # Its import prints to standard output at level INFO, once per rank.
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    if world.device.type == "cpu":
+    if device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=None, verbose=False)
     return deepspeed

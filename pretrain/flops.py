@@ -36,7 +36,7 @@ def count_flops(model: nn.Module, image_size_px: int, device: torch.device) -> M
     model.eval()  # BatchNorm's averages stay as they are
     image = torch.zeros(1, 3, image_size_px, image_size_px, device=device)
     t = torch.zeros(1, dtype=torch.int64, device=device)
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    weights = list(model.parameters())
     with FlopCounterMode(display=False) as everything:
         torch.autograd.grad(model(image, t, image).sum(), weights, allow_unused=True)
     frozen = 0

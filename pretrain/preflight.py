@@ -1,6 +1,8 @@
 """Everything that can be refused before a single worker is started."""
 
 import logging
+import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from configs.schema import DitiTask, RunConfig
+from configs.schema import DitiTask, EngineConfig, RunConfig
 from data_pipelines.object_store import ObjectStore, join
 from data_pipelines.range_cache import RangeCache
 from data_pipelines.sample_mix import Order, SampleMix
@@ -85,7 +87,7 @@ def load_start(model: DiTi, store: ObjectStore) -> None:
     """
     if model.task.start_from is None:
         return
-    model.load_state_dict(initial_weights(model.task.start_from, store, model), strict=False)
+    model.load_state_dict(initial_weights(model.task.start_from, store, model))
 
 
 def preflight(
@@ -173,8 +175,7 @@ def _warn_of_decay(newest: checkpoint.Manifest, config: RunConfig) -> None:
 def _check_machine(config: RunConfig) -> None:
     """What the workers will need besides data, as far as it can be tried here."""
     if not config.cluster.use_gpu:
-        dtype = DTYPES[config.engine.precision]
-        choose_kernel(config.engine.attention, device=torch.device("cpu"), dtype=dtype)
+        _check_cpu(config.engine)
     if config.data.cache is not None:
         RangeCache(Path(config.data.cache.folder), int(config.data.cache.limit_gib * 2**30))
     if config.wandb.mode == "online":
@@ -185,6 +186,22 @@ def _check_machine(config: RunConfig) -> None:
                 "wandb.mode is 'online', but there are no credentials for it; run `wandb login`, "
                 "set WANDB_API_KEY, or set wandb.mode=offline"
             )
+
+
+def _check_cpu(engine: EngineConfig) -> None:
+    choose_kernel(engine.attention, device=torch.device("cpu"), dtype=DTYPES[engine.precision])
+    if engine.precision == "fp16" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        raise ValueError(
+            "engine.precision is 'fp16', which this CPU has no instructions for; use fp32 or bf16, "
+            "or a GPU (cluster.use_gpu=true)"
+        )
+    compiler = os.environ.get("CXX", "g++")  # as torch.compile looks for it
+    if engine.compile != "nothing" and shutil.which(compiler) is None:
+        raise ValueError(
+            f"engine.compile is {engine.compile!r}, which on a CPU needs the C++ compiler "
+            f"{compiler!r}, and there is none; install it (Debian, Ubuntu: apt install g++), name "
+            f"another one in CXX, or set engine.compile=nothing"
+        )
 
 
 def _check_listing(config: RunConfig, store: ObjectStore, index: ShardIndex) -> None:

@@ -179,8 +179,7 @@ class AuthorsCheckpoint:
         """
         task, backbone = self.task(), self.build_backbone()
         model = DiTi(task, backbone, image_size_px=backbone.image_size_px)
-        frozen = {f"decoder.backbone.{name}": value for name, value in self.backbone.items()}
-        model.load_state_dict(self.trained_weights() | frozen)
+        model.load_state_dict(self.trained_weights())
         return model.requires_grad_(False).eval()
 
     def trained_weights(self) -> dict[str, Tensor]:
@@ -348,8 +347,7 @@ def _encoder_of(
         wanted = Encoder(encoder, image_size_px=image_size_px).state_dict()
         decoder = ShiftDecoder(UNet(unet), latent_dim=encoder.latent_dim).state_dict()
     _check_fit("encoder", parts.encoder, wanted)
-    shift = {name: t for name, t in decoder.items() if not name.startswith("backbone.")}
-    _check_fit("shift path", parts.shift, shift)
+    _check_fit("shift path", parts.shift, decoder)
     return encoder, image_size_px
 
 

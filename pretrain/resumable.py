@@ -16,6 +16,8 @@ MAY_CHANGE = (
     "data.shards",
     "data.sources.*.shards",
     "engine.attention",
+    "engine.backbone",
+    "engine.compile",
     "engine.offload_optimizer",
     "engine.recompute_activations",
     "engine.zero_stage",

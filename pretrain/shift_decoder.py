@@ -6,7 +6,7 @@ the same skips: the frozen one gives epsilon_theta, the trainable one gives the 
 Letters: B batch, C channels, H height, W width, D = latent_dim, E embedding.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from pretrain.unet import BlockMaker, UNet, walk_up
 
 
-@dataclass(frozen=True, slots=True)
-class FrozenPass:
+class FrozenPass(NamedTuple):
     """What the backbone makes of (x_t, t); nothing in it carries a gradient."""
 
     emb_BE: Tensor
@@ -25,12 +24,31 @@ class FrozenPass:
     """The backbone's own prediction."""
 
 
+class Trunk(nn.Module):
+    """All that the frozen backbone does in a step, as one call."""
+
+    def __init__(self, unet: UNet) -> None:
+        super().__init__()
+        self.unet = unet.eval()
+
+    @torch.no_grad()
+    def forward(self, x_BCHW: Tensor, t_B: Tensor) -> FrozenPass:
+        emb = self.unet.embed_time(t_B)
+        skips = self.unet.encode(x_BCHW, emb)
+        return FrozenPass(emb, skips, self.unet.decode(skips, emb))
+
+
 class ShiftDecoder(nn.Module):
-    """epsilon_theta(x_t, t) and G(x_t, t, c). `backbone` must already be frozen."""
+    """epsilon_theta(x_t, t) by `look` and, from what it saw, G(x_t, t, c).
+
+    Args:
+        backbone: frozen; it is put in eval mode for good. It is no submodule: this module's
+            parameters and state, which engines shard, optimize and save, are what training changes.
+    """
 
     def __init__(self, backbone: UNet, *, latent_dim: int) -> None:
         super().__init__()
-        self.backbone = backbone
+        self._outside = (Trunk(backbone),)  # a tuple hides it from nn.Module
         make = BlockMaker(backbone.config, shift=True)
         skips = backbone.skip_channels
         self.label_emb = nn.Linear(latent_dim, make.embed_dim)
@@ -38,28 +56,24 @@ class ShiftDecoder(nn.Module):
         self.shift_output_blocks = make.up_path(skips[-1], skips)
         self.shift_out = make.out(backbone.config.in_channels)
 
-    def train(self, mode: bool = True) -> "ShiftDecoder":
-        """Training mode for the shift path only; the backbone stays in eval mode."""
-        super().train(mode)
-        self.backbone.eval()
-        return self
+    @property
+    def trunk(self) -> Trunk:
+        """The frozen backbone, as it is run."""
+        return self._outside[0]
 
-    @torch.no_grad()
+    @property
+    def backbone(self) -> UNet:
+        """The frozen backbone."""
+        return self.trunk.unet
+
     def look(self, x_BCHW: Tensor, t_B: Tensor) -> FrozenPass:
         """Everything that the frozen backbone contributes at (x_t, t)."""
-        emb = self.backbone.embed_time(t_B)
-        skips = self.backbone.encode(x_BCHW, emb)
-        return FrozenPass(emb, skips, self.backbone.decode(skips, emb))
+        return self.trunk(x_BCHW, t_B)
 
-    def shift(self, frozen: FrozenPass, condition_BD: Tensor) -> Tensor:
+    def forward(self, frozen: FrozenPass, condition_BD: Tensor) -> Tensor:
         """The shift G under a condition, BCHW; may be called again on the same frozen pass."""
         emb, skips = frozen.emb_BE, frozen.skips
         emb_z = self.label_emb(condition_BD)
         h = self.shift_middle_block(skips[-1], emb, emb_z)
         h = walk_up(self.shift_output_blocks, h, skips, emb, emb_z)
         return self.backbone.unfold(self.shift_out(h))
-
-    def forward(self, x_BCHW: Tensor, t_B: Tensor, condition_BD: Tensor) -> tuple[Tensor, Tensor]:
-        """The backbone's prediction and the shift G, both BCHW."""
-        frozen = self.look(x_BCHW, t_B)
-        return frozen.output_BCHW, self.shift(frozen, condition_BD)

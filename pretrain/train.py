@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from configs.schema import DitiTask, RunConfig
+from configs.schema import DitiTask, EngineConfig, RunConfig
 from data_pipelines.bad_samples import TooManyBadSamplesError
 from data_pipelines.object_store import ObjectStore
 from data_pipelines.sample_mix import Order
@@ -29,7 +29,7 @@ from pretrain.backbone import Backbone, load_backbone
 from pretrain.denoiser import Denoiser
 from pretrain.diti import DiTi
 from pretrain.ema import Ema
-from pretrain.engine import Engine
+from pretrain.engine import Engine, place_frozen
 from pretrain.error_budget import ErrorBudget
 from pretrain.heartbeat import heartbeat
 from pretrain.metrics import MetricsLog
@@ -106,6 +106,7 @@ def run(
     model, backbone = build_model(config, store, world.device, clock)
     speed = measure_speed(model, config, world)
     set_recomputing(model, config.engine.recompute_activations)  # is no work of the model's
+    compile_parts(model, config.engine)
     if newest is None and isinstance(model, DiTi):
         load_start(model, store)
     timesteps = model.timesteps
@@ -178,23 +179,35 @@ def run(
 def build_model(
     config: RunConfig, store: ObjectStore, device: torch.device, clock: Clock = untimed
 ) -> tuple[DiTi | Denoiser, Backbone | None]:
-    """The module that a run trains, on its device, and its backbone if it has one.
+    """The module that a run trains, on its device, and its backbone if it has one; collective.
 
     Args:
         clock: charged with the backbone's part of the forward pass.
     """
-    kernel = choose_kernel(
-        config.engine.attention, device=device, dtype=DTYPES[config.engine.precision]
-    )
+    dtype = DTYPES[config.engine.precision]
+    kernel = choose_kernel(config.engine.attention, device=device, dtype=dtype)
     if isinstance(config.task, DitiTask):
         backbone = load_backbone(store, config.task.backbone)
         model = DiTi(config.task, backbone, image_size_px=config.data.image_size_px)
         model.clock = clock
+        set_attention(backbone.unet, kernel)
+        place_frozen(model.decoder.trunk, config.engine, device)
     else:
         model, backbone = Denoiser(config.task), None
     model.tables_to(device)
     set_attention(model, kernel)
-    return model.to(device), backbone
+    return model.to(device, dtype), backbone
+
+
+def compile_parts(model: DiTi | Denoiser, engine: EngineConfig) -> None:
+    """Have torch.compile make kernels of what `engine.compile` names, when it is first called."""
+    if isinstance(model, Denoiser):
+        frozen, trained = [], [model.unet]
+    else:
+        frozen, trained = [model.decoder.trunk], [model.encoder, model.decoder]
+    chosen = {"nothing": [], "frozen": frozen, "trained": trained, "both": [*frozen, *trained]}
+    for part in chosen[engine.compile]:
+        part.compile()
 
 
 def seed_dropout(config: RunConfig, step: int, world: World) -> None:

@@ -66,7 +66,7 @@ def load_encoder(
         for name, tensor in checkpoint.read_tensors(store, run_url, manifest, ema=ema).items()
         if name.startswith("encoder.")
     }
-    _load_exactly(encoder, state, set(encoder.state_dict()), run_url)
+    _load_exactly(encoder, state, run_url)
     assert manifest.backbone_sha256 is not None
     return TrainedEncoder(
         encoder=encoder.requires_grad_(False).eval(),
@@ -139,7 +139,7 @@ def load_diti(
     backbone = load_backbone(store, task.backbone)
     model = DiTi(task, backbone, image_size_px=config.data.image_size_px)
     weights = checkpoint.read_tensors(store, run_url, manifest, ema=True)
-    _load_exactly(model, weights, set(model.trained_state()), run_url)
+    _load_exactly(model, weights, run_url)
     return model.requires_grad_(False).eval(), config, manifest
 
 
@@ -186,7 +186,7 @@ def initial_weights(source: str | Path, store: ObjectStore, model: DiTi) -> Mapp
         manifest = checkpoint.find(store, url, None)
         _compare_run(manifest, url, model)
         weights = checkpoint.read_tensors(store, url, manifest, ema=True)
-    if problems := state_problems(shapes_of(weights), shapes_of(model.trained_state())):
+    if problems := state_problems(shapes_of(weights), shapes_of(model.state_dict())):
         raise PublishedCheckpointError(
             f"{source} cannot start this run: its encoder and shift path are of another shape; "
             f"{problems}. Give task.encoder and task.backbone the shapes of that file."
@@ -264,12 +264,11 @@ def _diti_run(manifest: checkpoint.Manifest, run_url: str) -> tuple[RunConfig, D
     return config, config.task
 
 
-def _load_exactly(
-    module: nn.Module, state: Mapping[str, Tensor], expected: set[str], run_url: str
-) -> None:
+def _load_exactly(module: nn.Module, state: Mapping[str, Tensor], run_url: str) -> None:
+    expected = module.state_dict().keys()
     if state.keys() != expected:
         raise checkpoint.CheckpointError(
             f"checkpoint of {run_url} holds other parameters than its configuration builds: "
             f"{sorted(state.keys() ^ expected)[:5]}; read it with the version that wrote it"
         )
-    module.load_state_dict(state, strict=False)
+    module.load_state_dict(state)

@@ -74,13 +74,8 @@ def run_content(
     shift = ShiftDecoder(UNet(UNET), latent_dim=encoder.latent_dim)
     content: dict[str, Any] = {"step": 7000, "optimizer": {"state": {}}, "scaler": {}}
     for prefix, number in (("", seed + 10), ("ema_", seed)):
-        decoder = {
-            name: tensor
-            for name, tensor in random_state(shift, number).items()
-            if not name.startswith("backbone.")
-        }
         content[f"{prefix}encoder"] = random_state(Encoder(encoder, image_size_px=SIZE_PX), number)
-        content[f"{prefix}decoder"] = decoder | denoiser_state()
+        content[f"{prefix}decoder"] = random_state(shift, number) | denoiser_state()
     if is_diti:
         content["ssl_model"] = {"module.projector.weight": torch.zeros(2)}
     return content

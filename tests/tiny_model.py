@@ -1,6 +1,7 @@
 """A whole DiTi model in memory: 8 px images, three subsets of eight dimensions, nothing zero."""
 
 import torch
+from torch import Tensor
 
 from configs.schema import (
     BackboneConfig,
@@ -12,6 +13,7 @@ from configs.schema import (
 )
 from pretrain.backbone import Backbone
 from pretrain.diti import DiTi
+from pretrain.shift_decoder import ShiftDecoder
 from pretrain.unet import UNet
 
 SIZE_PX = 8
@@ -47,6 +49,12 @@ def tiny_diti(**changes: object) -> DiTi:
     torch.manual_seed(0)
     model = DiTi(tiny_task(**changes), tiny_backbone(), image_size_px=SIZE_PX)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in (*model.decoder.backbone.parameters(), *model.parameters()):
             parameter.add_(0.05 * torch.randn_like(parameter))
     return model
+
+
+def both(decoder: ShiftDecoder, x: Tensor, t: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """The backbone's own prediction at (x_t, t), and the shift that z adds to it."""
+    frozen = decoder.look(x, t)
+    return frozen.output_BCHW, decoder(frozen, z)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from data_pipelines.set_stats import SetStats
     from pretrain.replay import Replayed
     from tools.evaluate_reconstruction import Reconstruction
+    from tools.plan import Outlook
 
 MOST_ROWS = 64
 
@@ -46,6 +47,35 @@ def print_losses(losses: Any) -> None:
     table.add_row("another image's", f"{losses.shuffled:.5f}")
     table.add_row("the average", f"{losses.mean:.5f}")
     Console().print(table)
+
+
+def print_outlook(outlook: Outlook) -> None:
+    plan = outlook.plan
+    times = f" x {plan.accumulation} times" if plan.accumulation > 1 else ""
+    typer.echo(
+        f"{counted(plan.world_size, 'worker')}, {plan.micro_batch} images each{times}: "
+        f"{counted(plan.total_steps, 'step')}; {counted(outlook.checkpoints, 'checkpoint')} of "
+        f"{_mib(outlook.checkpoint_bytes)} MiB\n"
+        f"{outlook.trained_parameters:,} parameters are trained, {outlook.frozen_parameters:,} of "
+        f"the backbone are not\n"
+        f"world sizes that split the batch: {', '.join(map(str, outlook.legal_world_sizes))}"
+    )
+    stages = [f"ZeRO {stage}" for stage in outlook.memory]
+    stages[outlook.zero_stage] += " (set)"
+    table = Table("part", *stages, title="memory of each worker, MiB")
+    parts = {part: None for held in outlook.memory.values() for part in held}
+    for part in parts:
+        table.add_row(part, *(_mib(held[part]) for held in outlook.memory.values()))
+    table.add_section()
+    table.add_row("together", *(_mib(sum(held.values())) for held in outlook.memory.values()))
+    Console().print(table)
+    typer.echo("The interpreter and its libraries come on top: about 300 MiB on a CPU.")
+    if outlook.not_counted:
+        typer.echo(outlook.not_counted)
+
+
+def _mib(size_bytes: int) -> str:
+    return f"{size_bytes / 2**20:,.0f}"
 
 
 def print_replay(replayed: Replayed) -> None:

@@ -105,6 +105,8 @@ def test_every_section_is_frozen_and_refuses_unknown_keys(name: str):
         ("TrainConfig", "global_batch", [0, 2.5]),
         ("EngineConfig", "zero_stage", [4, "2"]),
         ("EngineConfig", "precision", ["fp64", 16]),
+        ("EngineConfig", "backbone", ["sharded", True]),
+        ("EngineConfig", "compile", ["all", True]),
         ("ClusterConfig", "use_gpu", ["yes", 1]),
         ("ClusterConfig", "num_workers", [0, "2", 2.5]),
         ("WandbConfig", "mode", ["on", True]),
@@ -175,6 +177,14 @@ RESNET10 = MINIMAL["DitiTask"] | {"encoder": {"kind": "resnet10"}}
         (
             lambda: changed_run(task=RESNET10, engine={"precision": "bf16"}),
             "kind resnet10 needs engine.precision fp32, got bf16",
+        ),
+        (
+            lambda: make("EngineConfig", compile="both", backbone="partitioned"),
+            "compile 'both' needs backbone 'replicated', got 'partitioned'",
+        ),
+        (
+            lambda: make("EngineConfig", compile="trained", zero_stage=3),
+            "compile 'trained' needs zero_stage 0, 1 or 2, got 3",
         ),
         (lambda: make("EncoderConfig", num_heads=5), "must divide the 128 channels .* got 5"),
         (

@@ -15,7 +15,7 @@ from pretrain.pieces import assemble, fill_pieces, pack
 from pretrain.position_noise import draw
 from pretrain.run_plan import plan_run
 from pretrain.timesteps import uniform_timesteps
-from pretrain.train import build_model
+from pretrain.train import build_model, compile_parts
 from pretrain.trained import digest_of
 from pretrain.unet import set_recomputing
 from pretrain.world import World
@@ -34,16 +34,14 @@ def make_engine(
     world: World,
     *,
     stage: int,
-    precision: str = "fp32",
-    offload_optimizer: bool = False,
+    **settings: object,
 ):
     torch.manual_seed(0)
-    engine = EngineConfig(
-        zero_stage=stage, precision=precision, offload_optimizer=offload_optimizer
-    )
+    engine = EngineConfig.model_validate({"zero_stage": stage, **settings})
     config = config.model_copy(update={"engine": engine})
     model, _ = build_model(config, ObjectStore(), world.device)
     assert isinstance(model, DiTi)
+    compile_parts(model, engine)
     optimizer = OptimizerConfig(learning_rate=1e-3, clip_norm=1.0)
     return model, Engine(model, engine, optimizer, plan_run(TRAIN, 1), world)
 
@@ -69,19 +67,17 @@ def test_training_moves_the_trainable_part_and_not_one_byte_of_the_backbone(
     config: RunConfig, world: World, stage: int
 ) -> None:
     model, engine = make_engine(config, world, stage=stage)
-    frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad}
-    assert all(name.startswith("decoder.backbone.") for name in frozen)
-    before = None if stage == 3 else digest_of(model.decoder.backbone)
+    frozen = list(model.decoder.backbone.parameters())
+    before = digest_of(model.decoder.backbone)
     start = weights_of(engine)
     losses = [engine.step(1e-3, micro_batches(0)).item() for _ in range(3)]
     assert losses[-1] < losses[0]
     moved = [name for name, tensor in weights_of(engine).items() if (tensor != start[name]).any()]
     assert len(moved) > 0.9 * len(start)
-    if before is not None:
-        assert digest_of(model.decoder.backbone) == before
+    assert digest_of(model.decoder.backbone) == before
     trainable = sum(tensor.numel() for tensor in start.values())
     assert 0 <= engine.num_optimized() - trainable < 4096  # ZeRO pads its flat buffers
-    assert all(p.grad is None for p in frozen.values())
+    assert all(p.grad is None and not p.requires_grad for p in frozen)
 
 
 def test_stages_agree_in_fp32(config: RunConfig, world: World) -> None:
@@ -103,6 +99,41 @@ def test_recomputing_activations_changes_no_loss(
         set_recomputing(model, recomputes)
         curves.append([engine.step(1e-3, micro_batches(step)).item() for step in range(3)])
     assert curves[0] == curves[1]
+
+
+@pytest.mark.parametrize(
+    ("stage", "backbone"), [(2, "partitioned"), (3, "partitioned"), (3, "offloaded")]
+)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_backbone_in_parts_changes_no_loss_and_is_let_go_after_use(
+    config: RunConfig, world: World, stage: int, backbone: str, precision: str
+) -> None:
+    curves = []
+    for placement in ("replicated", backbone):
+        model, engine = make_engine(
+            config, world, stage=stage, backbone=placement, precision=precision
+        )
+        curves.append([engine.step(1e-3, micro_batches(step)).item() for step in range(3)])
+    assert curves[0] == curves[1]
+    weights = list(model.decoder.backbone.parameters())
+    whole = sum(weight.ds_numel for weight in weights)
+    held = sum(weight.untyped_storage().nbytes() // weight.element_size() for weight in weights)
+    assert 0 < held < 0.2 * whole, "biases and norms only"
+    assert not any(weight.requires_grad or weight.grad is not None for weight in weights)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("compiled", ["frozen", "trained", "both"])
+def test_compiled_parts_follow_the_same_losses(
+    config: RunConfig, world: World, compiled: str
+) -> None:
+    curves = []
+    for choice in ("nothing", compiled):
+        _, engine = make_engine(config, world, stage=2, compile=choice)
+        curves.append([engine.step(1e-3, micro_batches(step)).item() for step in range(4)])
+    assert curves[0] != curves[1], "nothing was compiled"
+    assert curves[0] == pytest.approx(curves[1], rel=1e-5)
 
 
 def test_bf16_trains(config: RunConfig, world: World) -> None:

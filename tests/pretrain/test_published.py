@@ -636,7 +636,7 @@ def test_a_run_can_start_from_an_authors_file(
     found = load_authors_checkpoint(path)
     model = model_like(found)
     weights = initial_weights(path, ObjectStore(), model)
-    assert weights.keys() == model.trained_state().keys()
+    assert weights.keys() == model.state_dict().keys()
     assert torch.equal(weights["encoder.encoder.0.weight"], found.encoder["encoder.0.weight"])
     assert torch.equal(weights["decoder.label_emb.bias"], found.shift["label_emb.bias"])
     assert caplog.messages == []

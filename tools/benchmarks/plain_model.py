@@ -32,7 +32,7 @@ def look(unet: UNet, x_BCHW: Tensor, t_B: Tensor) -> FrozenPass:
 
 
 def shift(decoder: ShiftDecoder, frozen: FrozenPass, condition_BD: Tensor) -> Tensor:
-    """What `ShiftDecoder.shift` returns."""
+    """What `ShiftDecoder` returns."""
     emb_z = decoder.label_emb(condition_BD)
     out = _up(
         decoder.shift_middle_block,

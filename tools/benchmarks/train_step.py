@@ -109,11 +109,11 @@ class Trainer:
         if way == "published":
             take_the_plain_way(self.model)
         for part, method, name in (
-            (self.model.decoder, "look", "frozen forward"),
+            (self.model.decoder.trunk, "forward", "frozen forward"),
             (self.model.encoder, "forward", "encoder"),
         ):
             setattr(part, method, timed(self.clock, name, getattr(part, method)))
-        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.trained = list(self.model.parameters())
         self.adam = torch.optim.AdamW(
             self.trained, lr=1e-4, weight_decay=0.0, fused=True if way == "ours" else None
         )
@@ -151,7 +151,7 @@ def make_model() -> DiTi:
     model = DiTi(
         TASK, Backbone(unet, ScheduleConfig(), IMAGE_SIZE_PX, ""), image_size_px=IMAGE_SIZE_PX
     )
-    for parameter in model.parameters():
+    for parameter in (*unet.parameters(), *model.parameters()):
         if parameter.ndim > 1 and not parameter.is_meta and not parameter.any():
             nn.init.normal_(parameter, std=0.02)
     return model.train()
@@ -163,8 +163,8 @@ def take_the_plain_way(model: DiTi) -> None:
     assert isinstance(encoder, Encoder)
     plain_look = torch.no_grad()(partial(plain_model.look, decoder.backbone))
     for part, method, plain in (
-        (decoder, "look", plain_look),
-        (decoder, "shift", partial(plain_model.shift, decoder)),
+        (decoder.trunk, "forward", plain_look),
+        (decoder, "forward", partial(plain_model.shift, decoder)),
         (encoder, "forward", partial(plain_model.encode, encoder)),
     ):
         setattr(part, method, plain)
@@ -250,7 +250,7 @@ def model_operations(batch: int) -> Counter[Operation]:
     take_the_plain_way(model)
     with OperationList() as operations:
         frozen = model.decoder.look(images, t_B)
-        model.decoder.shift(frozen, model.encoder(images)).sum().backward()
+        model.decoder(frozen, model.encoder(images)).sum().backward()
     return operations.counts
 
 

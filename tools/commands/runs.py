@@ -2,12 +2,14 @@
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from tools.commands.options import (
+    AsJson,
     AuthorsConfig,
     Ema,
     LocalDir,
@@ -17,7 +19,7 @@ from tools.commands.options import (
     check_out_file,
 )
 from tools.commands.outcome import clear_errors
-from tools.tables import counted, print_losses, print_probes
+from tools.tables import counted, print_losses, print_outlook, print_probes
 
 
 def demo(
@@ -104,6 +106,31 @@ def train(
 
         manifest = launch(config, local_dir, from_step, tuple(allow_change or ()))
         typer.echo(f"{run_url(config)}: {manifest.images} images, {manifest.name} complete")
+
+
+def plan(
+    run_file: Annotated[Path, typer.Argument(metavar="RUN.YAML", help="What would be trained.")],
+    overrides: Overrides = None,
+    world_size: Annotated[
+        int | None, typer.Option(min=1, help="Workers. Default: cluster.num_workers.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What each worker will hold in memory, by part and ZeRO stage, before any is started.
+
+    Example: diti plan configs/runs/demo.yaml --world-size 8 data.shards=data/avatars/train
+    """
+    with clear_errors():
+        from configs.loading import load_run
+
+        config = load_run(run_file, tuple(overrides or ()))
+        from tools.plan import look_ahead
+
+        found = look_ahead(config, world_size or config.cluster.num_workers)
+        if as_json:
+            typer.echo(json.dumps(asdict(found), indent=1))
+        else:
+            print_outlook(found)
 
 
 def export(

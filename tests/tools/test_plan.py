@@ -1,0 +1,117 @@
+"""`diti plan`: every recipe, on any legal number of workers, without weights or shards."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import configs
+from configs.schema import ScheduleConfig, UNetConfig
+from data_pipelines.object_store import ObjectStore
+from pretrain.backbone import save_backbone
+from tests.tiny_run import make_shards
+from tools.cli import app
+
+RUNS = Path(configs.__file__).parent / "runs"
+RECIPES = sorted(path.stem for path in RUNS.glob("*.yaml"))
+# METHOD section 4; the encoder and the shift path have these parameters.
+PUBLISHED = {
+    64: (UNetConfig(dropout=0.1), 1_487_104 + 52_007_811),
+    128: (
+        UNetConfig(
+            base_channels=128,
+            channel_multipliers=(1, 1, 2, 3, 4),
+            attention_factors=(8,),
+            dropout=0.1,
+        ),
+        3_914_240 + 78_522_371,
+    ),
+}
+
+
+def plan(recipe: str, *arguments: str) -> Result:
+    return CliRunner().invoke(app, ["plan", str(RUNS / f"{recipe}.yaml"), *arguments])
+
+
+def card_only(folder: Path, image_size_px: int) -> tuple[str, str]:
+    """A backbone whose weights are not there."""
+    weights = folder / "dpm.safetensors"
+    sha256 = save_backbone(
+        ObjectStore(),
+        str(weights),
+        state={},
+        unet=PUBLISHED[image_size_px][0],
+        schedule=ScheduleConfig(),
+        image_size_px=image_size_px,
+        provenance={},
+    )
+    weights.unlink()
+    return f"task.backbone.weights={weights}", f"task.backbone.sha256={sha256}"
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_plans(recipe: str, tmp_path: Path) -> None:
+    size = next((size for size in PUBLISHED if str(size) in recipe), None)
+    overrides = () if size is None else card_only(tmp_path, size)
+    result = plan(recipe, *overrides, f"data.shards={tmp_path}", "--world-size", "8", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    if size is not None:
+        assert found["trained_parameters"] == PUBLISHED[size][1]
+        assert found["checkpoint_bytes"] == 16 * PUBLISHED[size][1]
+    memory = {stage: sum(parts.values()) for stage, parts in found["memory"].items()}
+    assert list(memory) == ["0", "1", "2", "3"]
+    assert memory["0"] > memory["1"] >= memory["2"]
+    assert found["not_counted"].startswith("the loader is not counted: no shard index at")
+
+
+def test_people_get_a_table_and_what_is_missing_is_said(tmp_path: Path) -> None:
+    result = plan("celeba64_diti", *card_only(tmp_path, 64), f"data.shards={tmp_path}")
+    assert result.exit_code == 0, result.output
+    for said in (
+        "4 workers, 32 images each: 296875 steps; 298 checkpoints",
+        "53,494,915 parameters are trained, 63,958,019 of the backbone are not",
+        "world sizes that split the batch: 1, 2, 4, 8, 16, 32, 64, 128",
+        "ZeRO 2 (set)",
+        "activations",
+        "the loader is not counted",
+    ):
+        assert said in result.stdout
+
+
+def test_a_loader_is_counted_where_its_shards_are(tmp_path: Path) -> None:
+    shards = str(tmp_path / "shards")
+    make_shards(ObjectStore(), shards)
+    given = f"data.shards={shards}", f"output={tmp_path}", "--json"
+    two, four = (
+        json.loads(plan("demo", *given, "--world-size", n).stdout)["memory"]["2"]["data"]
+        for n in "24"
+    )
+    assert two == pytest.approx(2 * four, rel=0.01), "lanes and images are shared out"
+    assert two > 0
+
+
+def test_a_store_that_does_not_let_us_in_costs_one_part_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    result = plan("demo", "data.shards=s3://somewhere/train")
+    assert result.exit_code == 0, result.output
+    assert "the loader is not counted: no complete S3 credentials" in result.stdout
+
+
+def test_a_world_size_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    given = f"data.shards={tmp_path}", f"output={tmp_path}"
+    result = plan("demo", *given, "--world-size", "3")
+    assert result.exit_code == 2
+    assert "cannot be split over 3 workers" in result.stderr
+    assert "one of [1, 2, 4, 8, 16]" in result.stderr
+
+
+def test_a_backbone_without_a_card_is_refused(tmp_path: Path) -> None:
+    given = f"task.backbone.weights={tmp_path}/no.safetensors", f"task.backbone.sha256={'a' * 64}"
+    result = plan("celeba64_diti", *given)
+    assert result.exit_code == 2
+    assert "a backbone needs its card" in result.stderr

@@ -1,0 +1,65 @@
+"""What a run will do and hold on a number of workers, before a single one is started."""
+
+from dataclasses import dataclass
+
+from configs.schema import RunConfig
+from data_pipelines.object_store import StoreError
+from data_pipelines.sample_order import legal_world_sizes
+from data_pipelines.shard_index import read_sets
+from pretrain.memory_plan import plan_data, plan_memory, sizes_of_run
+from pretrain.preflight import open_store
+from pretrain.run_plan import RunPlan, plan_run
+
+ZERO_STAGES = (0, 1, 2, 3)
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """Of one run on one number of workers."""
+
+    plan: RunPlan
+    legal_world_sizes: tuple[int, ...]
+    trained_parameters: int
+    frozen_parameters: int
+    checkpoints: int
+    """That the run publishes, step 0 included."""
+    checkpoint_bytes: int
+    """Of each: weights, average and Adam's two moments in float32."""
+    zero_stage: int
+    """The one that is configured."""
+    memory: dict[int, dict[str, int]]
+    """Bytes on each rank by ZeRO stage and part, beside the interpreter's and its libraries'."""
+    not_counted: str
+    """Why a part is missing; "" where none is."""
+
+
+def look_ahead(config: RunConfig, world_size: int) -> Outlook:
+    """Plan a run.
+
+    Raises:
+        ValueError: the global batch cannot be split over so many workers.
+        BackboneError: the backbone's card cannot be read. Its weights need not be there.
+    """
+    plan, store = plan_run(config.train, world_size), open_store(config)
+    sizes = sizes_of_run(config, store, plan)
+    data, not_counted = {}, ""
+    try:
+        data = {"data": plan_data(config, read_sets(store, config.data.folders), plan)}
+    except StoreError as error:
+        not_counted = f"the loader is not counted: {error}"
+    stages = {
+        stage: config.engine.model_copy(update={"zero_stage": stage}) for stage in ZERO_STAGES
+    }
+    return Outlook(
+        plan=plan,
+        legal_world_sizes=tuple(legal_world_sizes(config.train.global_batch)),
+        trained_parameters=sizes.trained,
+        frozen_parameters=sizes.frozen,
+        checkpoints=1 + sum(plan.publishes_at(step + 1) for step in range(plan.total_steps)),
+        checkpoint_bytes=4 * 4 * sizes.trained,
+        zero_stage=config.engine.zero_stage,
+        memory={
+            stage: plan_memory(sizes, engine, plan) | data for stage, engine in stages.items()
+        },
+        not_counted=not_counted,
+    )
