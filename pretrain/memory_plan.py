@@ -3,7 +3,6 @@
 The interpreter and its libraries come on top.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -70,29 +69,51 @@ def sizes_of_run(config: RunConfig, store: ObjectStore, plan: RunPlan) -> ModelS
 
 
 def plan_memory(sizes: ModelSizes, engine: EngineConfig, plan: RunPlan) -> dict[str, int]:
-    """Bytes on every rank, by `PARTS` but `data`.
+    """Bytes on every rank at the fullest moment of a step, by `PARTS` but `data`.
 
     Letters: P trained numbers, N ranks. A number has 4 bytes in fp32, 2 in bf16 and fp16.
     """
-    P, N = sizes.trained, plan.world_size
+    P, N, stage = sizes.trained, plan.world_size, engine.zero_stage
     digits = 4 if engine.precision == "fp32" else 2
-    own = -(-P // N)
-    split = engine.zero_stage > 0
-    masters = own if split else 0 if digits == 4 else P
-    adam = 8 * (own if split else P)
-    weights = P if engine.zero_stage < 3 else own + min(P, LIVE_NUMBERS)
-    gradients = P if engine.zero_stage < 2 else own
+    own = P if stage == 0 else -(-P // N)
+    masters = 0 if stage == 0 and digits == 4 else own
     frozen = sizes.frozen
     if engine.backbone != "replicated":
         frozen = -(-frozen // N) + min(frozen, LIVE_NUMBERS)
-    return {
-        "weights": digits * weights,
-        "gradients": digits * gradients,
-        "optimizer": 4 * masters + adam,
-        "average": 4 * (own if split else P),
+    always = {
+        "weights": digits * (P if stage < 3 else own + min(P, LIVE_NUMBERS)),
+        "optimizer": 4 * masters + 8 * own,
+        "average": 4 * own,
         "backbone": digits * frozen,
-        "activations": sizes.passes.without_gradients * digits // 4,
-        "communication": digits * min(P, BUCKET_NUMBERS) if split else 0,
+    }
+    moments = _in_pass(sizes, stage, plan, digits), _in_step(P, own, stage, N, digits)
+    return always | max(moments, key=lambda moment: sum(moment.values()))
+
+
+def _in_pass(sizes: ModelSizes, stage: int, plan: RunPlan, digits: int) -> dict[str, int]:
+    """Where activations are most: when the last micro-batch's backward pass begins."""
+    P = sizes.trained
+    last_of_several = plan.accumulation > 1 or stage == 3  # whose buffers are made at the start
+    gradients = P if stage < 2 else -(-P // plan.world_size)
+    bucket = min(P, BUCKET_NUMBERS) if stage > 0 else 0
+    alone = stage == 0 and not last_of_several
+    activations = sizes.passes.with_gradients if alone else sizes.passes.without_gradients
+    return {
+        "gradients": digits * gradients if last_of_several else 0,
+        "activations": activations * digits // 4,
+        "communication": digits * bucket if last_of_several else 0,
+    }
+
+
+def _in_step(P: int, own: int, stage: int, N: int, digits: int) -> dict[str, int]:
+    """Where gradients are most: summed, and copied for the optimizer."""
+    bucket = P if stage == 0 and N > 1 else 0 if stage == 0 else min(P, BUCKET_NUMBERS)
+    copies = own if stage in (1, 2) else 0
+    whole = P if stage < 2 else own
+    return {
+        "gradients": digits * whole + 4 * copies,
+        "activations": 0,
+        "communication": digits * bucket,
     }
 
 

@@ -58,8 +58,6 @@ def look_ahead(config: RunConfig, world_size: int) -> Outlook:
         checkpoints=1 + sum(plan.publishes_at(step + 1) for step in range(plan.total_steps)),
         checkpoint_bytes=4 * 4 * sizes.trained,
         zero_stage=config.engine.zero_stage,
-        memory={
-            stage: plan_memory(sizes, engine, plan) | data for stage, engine in stages.items()
-        },
+        memory={stage: plan_memory(sizes, engine, plan) | data for stage, engine in stages.items()},
         not_counted=not_counted,
     )

@@ -1,139 +1,176 @@
-"""`python -m tools.benchmarks.memory`: the memory that was planned beside the memory it took.
+"""`python -m tools.benchmarks.memory`: the memory that `diti plan` predicts beside what was held.
 
 Two ranks take steps on random images, for each ZeRO stage and each of two models: CelebA-64 in the
 published sizes, and one with twice its channels. Measured is the most that the process of rank 0
-held from the engine's making on, less what it held before there was a model.
+held, less what it held once a tiny model had been through the same steps: that is the interpreter,
+its libraries, and what they keep.
+
+Here freed memory goes back to the system at once. In a run it does not, because that is faster:
+`keep_freed_memory`. What its process holds beyond the plan is measured too, in the last column.
 """
 
 import argparse
+import ctypes
+import gc
 import json
 import multiprocessing
 import os
 import socket
 from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from configs.schema import DitiTask, EngineConfig, OptimizerConfig, ScheduleConfig, TrainConfig
-from configs.schema import UNetConfig
-from pretrain.activations import measure_pass
+import pretrain.engine
+from configs.schema import EngineConfig, OptimizerConfig, ScheduleConfig, TrainConfig, UNetConfig
 from pretrain.backbone import Backbone
 from pretrain.diti import DiTi
 from pretrain.ema import Ema
 from pretrain.engine import Engine, place_frozen
-from pretrain.memory_plan import ModelSizes, plan_memory
+from pretrain.memory_plan import plan_memory, sizes_of
 from pretrain.run_plan import plan_run
 from pretrain.unet import UNet
 from pretrain.world import join_world
 from tools.benchmarks.train_step import IMAGE_SIZE_PX, TASK, UNET
 
 RANKS = 2
-MODELS = {"celeba64": UNET, "twice the channels": UNET.model_copy(update={"base_channels": 128})}
+STEPS = 3
+MODELS = {
+    "celeba64": UNET,
+    "celeba64, twice the channels": UNET.model_copy(update={"base_channels": 128}),
+}
+TINY = UNET.model_copy(update={"base_channels": 32, "channel_multipliers": (1, 1, 1, 1)})
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
+    """One model at one stage; bytes on rank 0."""
+
     model: str
     zero_stage: int
-    micro_batch: int
     planned: dict[str, int]
     measured: int
+    measured_in_a_run: int
+    """The same with memory kept for the next step."""
+
+    @property
+    def ratio(self) -> float:
+        return sum(self.planned.values()) / self.measured
 
 
 def make_model(unet: UNetConfig) -> DiTi:
-    torch.manual_seed(0)
+    """With random weights."""
     backbone = Backbone(UNet(unet).requires_grad_(False), ScheduleConfig(), IMAGE_SIZE_PX, "")
     return DiTi(TASK, backbone, image_size_px=IMAGE_SIZE_PX)
 
 
-def train_config(micro_batch: int) -> TrainConfig:
-    batch = RANKS * micro_batch
-    return TrainConfig(total_images=batch, global_batch=batch, checkpoint_every_images=batch)
+def measure(model: str, engine: EngineConfig, micro_batch: int) -> Row:
+    """Predict, then let two pairs of ranks do it."""
+    unet, batch = MODELS[model], RANKS * micro_batch
+    train = TrainConfig(total_images=batch, global_batch=batch, checkpoint_every_images=batch)
+    sizes = sizes_of(make_model(unet), image_size_px=IMAGE_SIZE_PX, micro_batch=micro_batch)
+    planned = plan_memory(sizes, engine, plan_run(train, RANKS))
+    held, kept = (_on_ranks(unet, engine, train, keeps=keeps) for keeps in (False, True))
+    return Row(model, engine.zero_stage, planned, held, kept)
 
 
-def plan_of(unet: UNetConfig, engine: EngineConfig, micro_batch: int) -> dict[str, int]:
-    """The prediction."""
+def _on_ranks(unet: UNetConfig, engine: EngineConfig, train: TrainConfig, *, keeps: bool) -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    spawn = multiprocessing.get_context("spawn")
+    near, far = spawn.Pipe()
+    ranks = [
+        spawn.Process(target=_one_rank, args=(rank, port, unet, engine, train, keeps, far))
+        for rank in range(RANKS)
+    ]
+    for rank in ranks:
+        rank.start()
+    far.close()
+    found = near.recv()
+    for rank in ranks:
+        rank.join()
+    return found
+
+
+def _one_rank(
+    rank: int,
+    port: int,
+    unet: UNetConfig,
+    engine: EngineConfig,
+    train: TrainConfig,
+    keeps: bool,
+    found: Connection,
+) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(RANKS),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    torch.set_num_threads(1)
+    if not keeps:
+        pretrain.engine.keep_freed_memory = _give_back_freed_memory
+    _take_steps(TINY, engine, train)
+    gc.collect()
+    before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # forget the most so far
+    _take_steps(unet, engine, train)
+    if rank == 0:
+        found.send(_resident("VmHWM") - before)
+
+
+def _give_back_freed_memory() -> None:
+    mmap_threshold = -3
+    ctypes.CDLL(None).mallopt(mmap_threshold, 2**18)
+
+
+def _take_steps(unet: UNetConfig, engine: EngineConfig, train: TrainConfig) -> None:
+    world, plan = join_world(), plan_run(train, RANKS)
     model = make_model(unet)
-    trunk = model.decoder.trunk
-    trained, frozen = (sum(p.numel() for p in m.parameters()) for m in (model, trunk))
-    passes = measure_pass(model, trunk, image_size_px=IMAGE_SIZE_PX, micro_batch=micro_batch)
-    batch = 2 * 4 * micro_batch * 3 * IMAGE_SIZE_PX**2
-    sizes = ModelSizes(trained, frozen, passes, batch)
-    return plan_memory(sizes, engine, plan_run(train_config(micro_batch), RANKS))
+    place_frozen(model.decoder.trunk, engine, world.device)
+    made = Engine(model.train(), engine, OptimizerConfig(), plan, world)
+    ema = Ema([piece.weights for piece in made.pieces], 0.999)
+    images = torch.rand(plan.micro_batch, 3, IMAGE_SIZE_PX, IMAGE_SIZE_PX)
+    t = torch.randint(0, 1000, (plan.micro_batch,))
+    for _ in range(STEPS):
+        made.step(1e-4, [(images, t, images)])
+        ema.update()
 
 
-def resident(what: str) -> int:
-    """Bytes of this process: VmRSS now, or VmHWM at most so far."""
+def _resident(what: str) -> int:
+    """Bytes of this process: VmRSS now, VmHWM at most so far."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(what + ":"):
             return int(line.split()[1]) * 1024
     raise OSError(f"/proc/self/status does not tell {what}")
 
 
-def one_rank(rank: int, port: int, unet: UNetConfig, engine: EngineConfig, micro_batch: int, out: Any) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    world = join_world()
-    small = UNET.model_copy(update={"base_channels": 32, "channel_multipliers": (1,), "attention_factors": ()})
-    plan = plan_run(train_config(micro_batch), RANKS)
-
-    def take_steps(unet: UNetConfig, steps: int) -> int:
-        model = make_model(unet)
-        place_frozen(model.decoder.trunk, engine, world.device)
-        model.tables_to(world.device)
-        made = Engine(model.train(), engine, OptimizerConfig(), plan, world)
-        ema = Ema([piece.weights for piece in made.pieces], 0.999)
-        after = resident("VmRSS")
-        images = torch.rand(micro_batch, 3, IMAGE_SIZE_PX, IMAGE_SIZE_PX)
-        t = torch.randint(0, 1000, (micro_batch,))
-        Path("/proc/self/clear_refs").write_text("5")
-        for _ in range(steps):
-            made.step(1e-4, [(images, t, images)])
-            ema.update()
-        return after
-
-    import deepspeed  # noqa: F401
-    import gc
-    before = resident("VmRSS")
-    after = take_steps(unet, 3)
-    out.put((rank, before, after, resident("VmHWM"), resident("VmRSS")))
-
-
-def measure(unet: UNetConfig, engine: EngineConfig, micro_batch: int) -> tuple[int,...]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    spawn = multiprocessing.get_context("spawn")
-    out = spawn.Queue()
-    ranks = [
-        spawn.Process(target=one_rank, args=(rank, port, unet, engine, micro_batch, out))
-        for rank in range(RANKS)
-    ]
-    for rank in ranks:
-        rank.start()
-    found = dict((r[0], r[1:]) for r in (out.get() for _ in ranks))
-    for rank in ranks:
-        rank.join()
-    return found[0]
+def table_row(row: Row) -> str:
+    """The row for people, in MiB."""
+    mib = {part: size / 2**20 for part, size in row.planned.items()}
+    parts = ", ".join(f"{part} {size:.0f}" for part, size in mib.items() if size)
+    return (
+        f"{row.model}, ZeRO {row.zero_stage}: planned {sum(mib.values()):.0f} MiB, measured "
+        f"{row.measured / 2**20:.0f} (planned / measured {row.ratio:.2f}), in a run "
+        f"{row.measured_in_a_run / 2**20:.0f}; {parts}"
+    )
 
 
 def main() -> None:
-    M = 2**20
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--micro-batch", type=int, default=4)
-    parser.add_argument("--stages", default="0123")
-    parser.add_argument("--models", default="celeba64,twice the channels")
-    parser.add_argument("--precision", default="fp32")
+    parser = argparse.ArgumentParser(description="Planned and measured memory of a training step.")
+    parser.add_argument("--micro-batch", type=int, default=4, help="images a rank (default 4)")
+    parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3], help="of ZeRO")
+    parser.add_argument("--precision", default="fp32", help="fp32 (default) or bf16")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), help="default: both")
+    parser.add_argument("--json", action="store_true", help="print JSON lines")
     args = parser.parse_args()
-    for name in args.models.split(","):
-        for stage in map(int, args.stages):
+    for model in args.models:
+        for stage in args.stages:
             engine = EngineConfig(zero_stage=stage, precision=args.precision)
-            planned = plan_of(MODELS[name], engine, args.micro_batch)
-            before, after, peak, end = measure(MODELS[name], engine, args.micro_batch)
-            total = sum(planned.values())
-            print(name, stage, {k: v // M for k, v in planned.items()}, "total", total // M, "| static", (after - before) // M, "peak", (peak - before) // M, "end", (end-before)//M, "before", before//M, f"planned/measured {total / (peak - before):.3f}", flush=True)
+            row = measure(model, engine, args.micro_batch)
+            print(json.dumps(asdict(row)) if args.json else table_row(row), flush=True)
 
 
 if __name__ == "__main__":
