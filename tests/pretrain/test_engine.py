@@ -5,6 +5,7 @@ from math import prod
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from configs.schema import EngineConfig, OptimizerConfig, RunConfig, TrainConfig
 from data_pipelines.object_store import ObjectStore
@@ -128,11 +129,14 @@ def test_a_backbone_in_parts_changes_no_loss_and_is_let_go_after_use(
 def test_compiled_parts_follow_the_same_losses(
     config: RunConfig, world: World, compiled: str
 ) -> None:
-    curves = []
+    curves, graphs = [], []
     for choice in ("nothing", compiled):
+        torch._dynamo.reset()
+        counters.clear()
         _, engine = make_engine(config, world, stage=2, compile=choice)
         curves.append([engine.step(1e-3, micro_batches(step)).item() for step in range(4)])
-    assert curves[0] != curves[1], "nothing was compiled"
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] == 0 < graphs[1]
     assert curves[0] == pytest.approx(curves[1], rel=1e-5)
 
 
@@ -140,6 +144,18 @@ def test_bf16_trains(config: RunConfig, world: World) -> None:
     _, engine = make_engine(config, world, stage=2, precision="bf16")
     losses = [engine.step(1e-3, micro_batches(0)).item() for _ in range(4)]
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("backbone", ["replicated", "partitioned", "offloaded"])
+def test_fp16_trains_and_goes_on(
+    config: RunConfig, world: World, stage: int, backbone: str
+) -> None:
+    _, engine = make_engine(config, world, stage=stage, precision="fp16", backbone=backbone)
+    losses = [engine.step(1e-3, micro_batches(0)).item() for _ in range(20)]
+    assert losses[-1] < losses[0]
+    assert {"cur_scale", "cur_iter"} <= engine.counters().keys()
 
 
 @pytest.mark.parametrize(

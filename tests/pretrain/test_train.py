@@ -347,6 +347,7 @@ def test_a_run_made_longer_after_its_rate_had_begun_to_fall_is_told_so(
     [
         ("engine.attention=xformers", "engine.attention is 'xformers', but its kernel does not"),
         ("data.cache={folder: /dev/null/cache, limit_gib: 1}", "data.cache.folder /dev/null/cache"),
+        ("engine.compile=both", "needs the C\\+\\+ compiler 'no-such-compiler', and there is none"),
         ("wandb.mode=online", "there are no credentials for it"),
     ],
 )
@@ -355,10 +356,20 @@ def test_what_the_workers_would_lack_is_refused_before_they_start(
 ):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
     config = make_run(STORE, str(tmp_path), *SHORT, override)
     with pytest.raises(ValueError, match=message):
         preflight(config, 1)
     assert not Path(config.output, config.name).exists()
+
+
+@pytest.mark.skipif(
+    torch.ops.mkldnn._is_mkldnn_fp16_supported(), reason="this CPU computes in fp16"
+)
+def test_fp16_is_refused_on_a_cpu_without_it(tmp_path: Path):
+    config = make_run(STORE, str(tmp_path), *SHORT, "engine.precision=fp16")
+    with pytest.raises(ValueError, match="'fp16', which this CPU has no instructions for"):
+        preflight(config, 1)
 
 
 def test_peak_memory_is_that_of_the_process_and_stays_when_memory_is_freed():

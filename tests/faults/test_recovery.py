@@ -1,0 +1,181 @@
+"""Whatever dies, the weights at the end are those of an undisturbed run, to the last bit.
+
+Each fault prints what it cost (`pytest -rP` shows it): seconds from the harm until a step was done
+that had not been done before, and images that were computed twice.
+"""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+import torch
+from ray.cluster_utils import Cluster
+
+from cluster.coordinator import NAMESPACE
+from cluster.launch import RunStoppedError, launch_training
+from configs.schema import RunConfig
+from data_pipelines.local_s3 import LocalS3, local_s3
+from data_pipelines.object_store import ObjectStore
+from pretrain import checkpoint
+from pretrain.preflight import run_url
+from pretrain.progress import Progress
+from tests.tiny_run import make_run
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
+CHECKPOINT_STEPS = 20
+SETTINGS = (
+    "train.total_images=3200",  # 100 steps
+    f"train.checkpoint_every_images={32 * CHECKPOINT_STEPS}",
+    "output=s3://diti/runs",  # shards lie on the disk: only publishing meets the server
+)
+Ranks = Mapping[int, Progress]
+
+
+class Watcher:
+    """Does harm between two checkpoints, and measures what it cost."""
+
+    def __init__(self, harm: Callable[[Ranks], None]) -> None:
+        self.harm = harm
+        self.pids: set[int] = set()
+        self.harmed_at = self.resumed_at = 0
+        self.seconds = float("nan")
+        self._when = 0.0
+
+    def __call__(self, ranks: Ranks) -> None:
+        step = min(rank.step for rank in ranks.values())
+        newest = max(rank.checkpoint_step for rank in ranks.values())
+        pids = {rank.pid for rank in ranks.values()}
+        if not self.harmed_at:
+            if len(ranks) == 2 and newest >= CHECKPOINT_STEPS and step >= newest + 5:
+                self.harmed_at, self._when, self.pids = step, time.monotonic(), pids
+                self.harm(ranks)
+        elif not pids & self.pids and not self.resumed_at:
+            self.resumed_at = newest
+        elif step > self.harmed_at and self.seconds != self.seconds:
+            self.seconds = time.monotonic() - self._when
+
+    @property
+    def images_twice(self) -> int:
+        return 32 * (self.harmed_at - self.resumed_at) if self.resumed_at else 0
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Cluster]:
+    """A head without room for workers, and three nodes with room for one each."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    for _ in range(3):
+        cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    ray.init(address=cluster.address, log_to_driver=False)
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalS3]:
+    with local_s3(tmp_path_factory.mktemp("s3")) as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment().items():
+            patch.setenv(name, value)
+        yield server
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    server: LocalS3, nodes: Cluster, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, torch.Tensor]:
+    config = make_run(ObjectStore(), str(tmp_path_factory.mktemp("data")), *SETTINGS)
+    launch_training(config, local_dir=tmp_path_factory.mktemp("local"))
+    return weights(config)
+
+
+def weights(config: RunConfig) -> dict[str, torch.Tensor]:
+    manifest = checkpoint.find(ObjectStore(), run_url(config), None)
+    assert manifest.images == config.train.total_images
+    return checkpoint.read_tensors(ObjectStore(), run_url(config), manifest, ema=False)
+
+
+def kill_a_worker(ranks: Ranks, server: LocalS3, nodes: Cluster) -> None:
+    os.kill(ranks[1].pid, signal.SIGKILL)
+
+
+def kill_a_node(ranks: Ranks, server: LocalS3, nodes: Cluster) -> None:
+    raylet = psutil.Process(ranks[1].pid).ppid()
+    [node] = [
+        node
+        for node in nodes.worker_nodes
+        if any(info.process.pid == raylet for info in node.all_processes["raylet"])
+    ]
+    nodes.remove_node(node, allow_graceful=False)
+    nodes.add_node(num_cpus=1)
+
+
+def kill_the_coordinator(ranks: Ranks, server: LocalS3, nodes: Cluster) -> None:
+    [name] = [
+        actor["name"]
+        for actor in ray.util.list_named_actors(all_namespaces=True)
+        if actor["namespace"] == NAMESPACE
+    ]
+    ray.kill(ray.get_actor(name, namespace=NAMESPACE), no_restart=False)
+
+
+def give_notice(ranks: Ranks, server: LocalS3, nodes: Cluster) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def kill_a_worker_in_mid_upload(ranks: Ranks, server: LocalS3, nodes: Cluster) -> None:
+    """The server takes nothing in and says nothing, so the next checkpoint is on its way."""
+    os.killpg(server.pid, signal.SIGSTOP)
+
+    def later() -> None:
+        os.kill(ranks[1].pid, signal.SIGKILL)
+        os.killpg(server.pid, signal.SIGCONT)
+
+    threading.Timer(4, later).start()
+
+
+def take_the_storage_away(ranks: Ranks, server: LocalS3, nodes: Cluster) -> None:
+    os.killpg(server.pid, signal.SIGSTOP)
+    threading.Timer(8, os.killpg, (server.pid, signal.SIGCONT)).start()
+
+
+@pytest.mark.parametrize(
+    ("fault", "restarts"),
+    [
+        (kill_a_worker, True),
+        (kill_a_node, True),
+        (kill_the_coordinator, False),
+        (give_notice, True),
+        (kill_a_worker_in_mid_upload, True),
+        (take_the_storage_away, False),
+    ],
+)
+def test_the_end_is_the_same_to_the_last_bit(
+    fault: Callable[[Ranks, LocalS3, Cluster], None],
+    restarts: bool,
+    server: LocalS3,
+    nodes: Cluster,
+    undisturbed: dict[str, torch.Tensor],
+    tmp_path: Path,
+) -> None:
+    config = make_run(ObjectStore(), str(tmp_path), *SETTINGS, f"name={fault.__name__}")
+    watcher = Watcher(lambda ranks: fault(ranks, server, nodes))
+    try:
+        launch_training(config, local_dir=tmp_path / "local", on_progress=watcher)
+    except RunStoppedError:
+        launch_training(config, local_dir=tmp_path / "local", on_progress=watcher)
+    assert watcher.harmed_at
+    assert bool(watcher.resumed_at) == restarts
+    print(
+        f"{fault.__name__}: harm after step {watcher.harmed_at}, {watcher.seconds:.1f} s lost, "
+        f"{watcher.images_twice} images computed twice"
+    )
+    found = weights(config)
+    assert found.keys() == undisturbed.keys()
+    assert [n for n, tensor in found.items() if not torch.equal(tensor, undisturbed[n])] == []

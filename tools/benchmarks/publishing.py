@@ -1,0 +1,135 @@
+"""`python -m tools.benchmarks.publishing`: what a step takes while a checkpoint is published.
+
+One worker trains the CelebA-64 model on one core; what publishes, loads and serves S3 has another
+core. Steps are told apart by whether the publishing thread was at work when they began and ended.
+"""
+
+import argparse
+import os
+import statistics
+import tempfile
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from configs.loading import parse_run
+from configs.schema import RunConfig, ScheduleConfig
+from data_pipelines.avatars import AvatarSpec, draw_avatar
+from data_pipelines.local_s3 import local_s3
+from data_pipelines.object_store import ObjectStore
+from data_pipelines.shard_index import write_index
+from data_pipelines.shard_writer import write_shard
+from pretrain.backbone import save_backbone
+from pretrain.progress import Progress
+from pretrain.train import run
+from pretrain.unet import UNet
+from tools.benchmarks.train_step import IMAGE_SIZE_PX, UNET
+
+RUN = """
+name: publishing
+output: s3://diti/runs
+task:
+  kind: diti
+  backbone: {{weights: {folder}/dpm.safetensors, sha256: {sha256}}}
+data: {{shards: {folder}/shards, image_size_px: 64}}
+train:
+  total_images: {total_images}
+  global_batch: {batch}
+  checkpoint_every_images: {every}
+  log_every_steps: 1
+wandb: {{mode: disabled}}
+"""
+
+
+@dataclass
+class Steps:
+    """Seconds of each step, by what the publisher did in it."""
+
+    alone: list[float] = field(default_factory=list)
+    beside: list[float] = field(default_factory=list)
+    starting: list[float] = field(default_factory=list)
+    """In which a checkpoint's tensors were copied; that is on the step path."""
+    _last: float = 0.0
+    _was_publishing: bool = True
+
+    def note(self, progress: Progress) -> None:
+        now, publishing = time.perf_counter(), is_publishing()
+        seconds = now - self._last
+        if progress.step > 2:  # the first steps warm up
+            if publishing and self._was_publishing:
+                self.beside.append(seconds)
+            elif publishing:
+                self.starting.append(seconds)
+            elif not self._was_publishing:
+                self.alone.append(seconds)
+        self._last, self._was_publishing = now, publishing
+
+
+def is_publishing() -> bool:
+    return any(thread.name == "publish" for thread in threading.enumerate())
+
+
+def make_config(folder: Path, batch: int, steps: int, every: int) -> RunConfig:
+    """A run on the published sizes, with its shards and a random backbone on disk."""
+    store, size = ObjectStore(), IMAGE_SIZE_PX
+    spec = AvatarSpec(split="train")
+    faces = [draw_avatar(spec, row) for row in range(64)]
+    pictures = [(face.jpeg, face.metadata) for face in faces]
+    write_index(store, f"{folder}/shards", [write_shard(store, f"{folder}/shards", 0, pictures)])
+    sha256 = save_backbone(
+        store,
+        f"{folder}/dpm.safetensors",
+        state=UNet(UNET).state_dict(),
+        unet=UNET,
+        schedule=ScheduleConfig(),
+        image_size_px=size,
+        provenance={},
+    )
+    counts = {"batch": batch, "total_images": batch * steps, "every": batch * every}
+    return parse_run(RUN.format(folder=folder, sha256=sha256, **counts))
+
+
+def keep_to_one_core(core: int, others: int) -> None:
+    """The training thread on one core; every other thread, whenever it comes, on another."""
+    training = threading.get_native_id()
+    os.sched_setaffinity(training, {core})
+
+    def sort() -> None:
+        while True:
+            for task in (int(entry.name) for entry in Path("/proc/self/task").iterdir()):
+                if task != training:
+                    with suppress(ProcessLookupError):
+                        os.sched_setaffinity(task, {others})
+            time.sleep(0.01)
+
+    threading.Thread(target=sort, daemon=True).start()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Step time while a checkpoint is published.")
+    parser.add_argument("--batch", type=int, default=2, help="images per step (default 2)")
+    parser.add_argument("--steps", type=int, default=60, help="of the run (default 60)")
+    parser.add_argument("--every", type=int, default=15, help="steps per checkpoint (default 15)")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    found = Steps()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        os.sched_setaffinity(0, {1})  # the server inherits it
+        with local_s3(folder / "s3") as server:
+            os.environ |= server.environment()
+            config = make_config(folder, args.batch, args.steps, args.every)
+            keep_to_one_core(0, 1)
+            run(config, local_dir=folder, report=found.note)
+    kinds = {"alone": found.alone, "beside publishing": found.beside, "that copy": found.starting}
+    for what, seconds in kinds.items():
+        print(f"{len(seconds)} steps {what}: median {statistics.median(seconds):.3f} s")
+    print(f"beside / alone: {statistics.median(found.beside) / statistics.median(found.alone):.3f}")
+
+
+if __name__ == "__main__":
+    main()
