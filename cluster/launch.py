@@ -23,7 +23,8 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from cluster.coordinator import NAMESPACE, start_coordinator
 from cluster.session import interrupts_raised, last_line, ray_session, result_of
 from configs.loading import digest
-from configs.schema import DitiTask, RunConfig
+from configs.schema import RunConfig
+from configs.task import DitiTask
 from data_pipelines.bad_samples import TooManyBadSamplesError
 from data_pipelines.object_store import StoreError, absolute
 from data_pipelines.sample_order import legal_world_sizes

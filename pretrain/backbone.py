@@ -19,7 +19,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from configs.schema import BackboneConfig, ScheduleConfig, UNetConfig
+from configs.task import BackboneConfig, ScheduleConfig, UNetConfig
 from data_pipelines.object_store import ObjectMissingError, ObjectStore
 from pretrain.noise_schedule import Prediction
 from pretrain.unet import UNet

@@ -6,7 +6,7 @@ Letters: B batch, C channels, H height, W width.
 import torch
 from torch import Tensor, nn
 
-from configs.schema import DenoiserTask
+from configs.task import DenoiserTask
 from pretrain.noise_schedule import make_schedule
 from pretrain.objective import denoising_loss
 from pretrain.timesteps import timestep_distribution

@@ -6,7 +6,7 @@ Letters: B batch, C channels, H height, W width, D = latent_dim, K subsets, T ti
 import torch
 from torch import Tensor, nn
 
-from configs.schema import DitiTask
+from configs.task import DitiTask
 from pretrain.backbone import Backbone
 from pretrain.encoder import make_encoder
 from pretrain.noise_schedule import Prediction, make_schedule

@@ -8,7 +8,7 @@ Letters: B batch, C channels, H height, W width, D = latent_dim.
 
 from torch import Tensor, nn
 
-from configs.schema import AnyEncoderConfig, EncoderConfig
+from configs.task import AnyEncoderConfig, EncoderConfig
 from pretrain.resnet10 import ResNet10
 from pretrain.unet import AttentionBlock, GroupNorm
 

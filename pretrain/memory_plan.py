@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from configs.schema import DitiTask, EngineConfig, RunConfig
+from configs.schema import EngineConfig, RunConfig
+from configs.task import DitiTask
 from data_pipelines.object_store import ObjectStore
 from data_pipelines.shard_index import ShardIndex
 from pretrain.activations import PassMemory, measure_pass

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from configs.schema import ScheduleConfig
+from configs.task import ScheduleConfig
 
 Prediction = Literal["epsilon", "v", "x0"]
 

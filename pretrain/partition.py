@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs.schema import PublishedPartition, StagedPartition
+from configs.task import PublishedPartition, StagedPartition
 
 PartitionConfig = StagedPartition | PublishedPartition
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from configs.schema import DitiTask, EngineConfig, RunConfig
+from configs.schema import EngineConfig, RunConfig
+from configs.task import DitiTask
 from data_pipelines.object_store import ObjectStore, join
 from data_pipelines.range_cache import RangeCache
 from data_pipelines.sample_mix import Order, SampleMix

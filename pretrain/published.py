@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from configs.schema import (
+from configs.task import (
     BackboneConfig,
     DitiTask,
     EncoderConfig,

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from configs.schema import PublishedPartition, ScheduleConfig, StagedPartition
+from configs.task import PublishedPartition, ScheduleConfig, StagedPartition
 from data_pipelines.object_store import ObjectStore, absolute
 from pretrain.partition import published_partition
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from configs.schema import EncoderConfig
+from configs.task import EncoderConfig
 from pretrain.backbone import first_few
 from pretrain.published_config import LayoutError, validated
 

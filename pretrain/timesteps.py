@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from configs.schema import TimestepsConfig
+from configs.task import TimestepsConfig
 from pretrain.noise_schedule import NoiseSchedule
 
 Floats = NDArray[np.float64]

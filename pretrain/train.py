@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from configs.schema import DitiTask, EngineConfig, RunConfig
+from configs.schema import EngineConfig, RunConfig
+from configs.task import DitiTask
 from data_pipelines.bad_samples import TooManyBadSamplesError
 from data_pipelines.object_store import ObjectStore
 from data_pipelines.sample_mix import Order

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from configs.schema import DitiTask, EncoderConfig, RunConfig
+from configs.schema import RunConfig
+from configs.task import DitiTask, EncoderConfig
 from data_pipelines.object_store import ObjectStore, absolute
 from pretrain import checkpoint
 from pretrain.backbone import digest_of_state, load_backbone, shapes_of, state_problems

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from configs.schema import UNetConfig
+from configs.task import UNetConfig
 from pretrain.attention import Kernel, sdpa
 from pretrain.layers import (
     GroupNorm,

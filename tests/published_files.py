@@ -8,7 +8,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from configs.schema import EncoderConfig, UNetConfig
+from configs.task import EncoderConfig, UNetConfig
 from pretrain.encoder import Encoder
 from pretrain.shift_decoder import ShiftDecoder
 from pretrain.unet import UNet

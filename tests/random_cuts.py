@@ -4,7 +4,7 @@ from itertools import pairwise
 
 from hypothesis import strategies as st
 
-from configs.schema import StagedPartition
+from configs.task import StagedPartition
 from pretrain.partition import Partition, make_partition, published_partition
 from tests.reference import Cut, published_cut, staged_cut
 

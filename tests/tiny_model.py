@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from configs.schema import (
+from configs.task import (
     BackboneConfig,
     DitiTask,
     EncoderConfig,

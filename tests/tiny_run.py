@@ -3,7 +3,8 @@
 import torch
 
 from configs.loading import parse_run
-from configs.schema import RunConfig, ScheduleConfig, UNetConfig
+from configs.schema import RunConfig
+from configs.task import ScheduleConfig, UNetConfig
 from data_pipelines.avatars import AvatarSpec, Split, draw_avatar
 from data_pipelines.object_store import ObjectStore, join
 from data_pipelines.shard_index import ShardIndex, write_index

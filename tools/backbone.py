@@ -7,7 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from configs.schema import BackboneConfig, DenoiserTask, RunConfig
+from configs.schema import RunConfig
+from configs.task import BackboneConfig, DenoiserTask
 from data_pipelines.object_store import ObjectStore
 from pretrain import checkpoint
 from pretrain.backbone import load_backbone, pin_backbone, save_backbone

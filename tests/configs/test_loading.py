@@ -10,7 +10,8 @@ import yaml
 
 import configs
 from configs.loading import ConfigError, digest, dump_run, load_run, parse_run
-from configs.schema import DitiTask, RunConfig
+from configs.schema import RunConfig
+from configs.task import DitiTask
 
 ROOT = Path(configs.__file__).parents[1]
 BACKBONE = (f"task.backbone={{weights: dpm.safetensors, sha256: '{'0' * 64}'}}",)

@@ -7,7 +7,8 @@ import torch
 
 import configs
 from configs.loading import ConfigError, load_run
-from configs.schema import DitiTask, EncoderConfig, RunConfig
+from configs.schema import RunConfig
+from configs.task import DitiTask, EncoderConfig
 from pretrain.encoder import make_encoder
 from pretrain.partition import make_partition, published_partition
 from pretrain.run_plan import plan_run

@@ -11,19 +11,17 @@ from typing import Any, get_args
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from configs import schema
-from configs.schema import (
+from configs import schema, task
+from configs.schema import OptimizerConfig, RunConfig, TrainConfig
+from configs.task import (
     DenoiserTask,
     DitiTask,
     EncoderConfig,
-    OptimizerConfig,
-    RunConfig,
     ScheduleConfig,
-    Section,
     StagedPartition,
-    TrainConfig,
     UNetConfig,
 )
+from configs.values import Section
 
 ROOT = Path(schema.__file__).parents[1]
 SHA256 = "0" * 64
@@ -47,7 +45,7 @@ MINIMAL["RunConfig"] = {
 }
 SECTIONS = {
     name: section
-    for name, section in vars(schema).items()
+    for name, section in (vars(task) | vars(schema)).items()
     if isinstance(section, type) and issubclass(section, Section) and section is not Section
 }
 

@@ -12,7 +12,8 @@ from torch import Tensor
 import configs
 from cluster.launch import launch_training
 from configs.loading import load_run
-from configs.schema import RunConfig, UNetConfig
+from configs.schema import RunConfig
+from configs.task import UNetConfig
 from data_pipelines.object_store import ObjectStore, join
 from data_pipelines.shard_index import write_index
 from data_pipelines.shard_writer import write_shard

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from configs.schema import BackboneConfig, ScheduleConfig, UNetConfig
+from configs.task import BackboneConfig, ScheduleConfig, UNetConfig
 from data_pipelines.object_store import ObjectMissingError, ObjectStore
 from pretrain.backbone import BackboneError, load_backbone, pin_backbone, save_backbone
 from pretrain.unet import UNet

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs.schema import ScheduleConfig
+from configs.task import ScheduleConfig
 from pretrain.noise_schedule import make_schedule
 from pretrain.objective import loss_weight
 from tests import reference

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from configs.schema import ScheduleConfig, TimestepsConfig
+from configs.task import ScheduleConfig, TimestepsConfig
 from pretrain.diti import DiTi
 from pretrain.noise_schedule import make_schedule
 from pretrain.objective import (

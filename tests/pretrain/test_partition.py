@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs.schema import StagedPartition
+from configs.task import StagedPartition
 from pretrain.partition import (
     Partition,
     Subset,

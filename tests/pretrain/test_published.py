@@ -13,7 +13,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from configs.schema import EncoderConfig, PublishedPartition, ScheduleConfig, UNetConfig
+from configs.task import EncoderConfig, PublishedPartition, ScheduleConfig, UNetConfig
 from data_pipelines.object_store import ObjectMissingError, ObjectStore, join
 from pretrain import checkpoint
 from pretrain.diti import DiTi

@@ -2,7 +2,7 @@
 
 import torch
 
-from configs.schema import ResNet10Config
+from configs.task import ResNet10Config
 from pretrain.encoder import make_encoder
 from pretrain.resnet10 import BasicBlock, ResNet10
 

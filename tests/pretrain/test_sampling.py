@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from configs.schema import ScheduleConfig, TimestepsConfig
+from configs.task import ScheduleConfig, TimestepsConfig
 from pretrain import sampling
 from pretrain.noise_schedule import NoiseSchedule, make_schedule
 from pretrain.partition import Masks, Partition

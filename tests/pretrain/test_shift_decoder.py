@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from configs.schema import EncoderConfig, UNetConfig
+from configs.task import EncoderConfig, UNetConfig
 from pretrain.encoder import Encoder
 from pretrain.shift_decoder import ShiftDecoder
 from pretrain.unet import UNet, set_recomputing

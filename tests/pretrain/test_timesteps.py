@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs.schema import ScheduleConfig, TimestepsConfig
+from configs.task import ScheduleConfig, TimestepsConfig
 from pretrain.noise_schedule import make_schedule
 from pretrain.timesteps import timestep_distribution, uniform_timesteps
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from configs.schema import EncoderConfig, UNetConfig
+from configs.task import EncoderConfig, UNetConfig
 from pretrain.encoder import Encoder
 from pretrain.shift_decoder import ShiftDecoder
 from pretrain.unet import AttentionBlock, ResBlock, UNet, set_attention, timestep_embedding

@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from cluster.export import encode_shard, feature_columns
-from configs.schema import BackboneConfig, DitiTask
+from configs.task import BackboneConfig, DitiTask
 from data_pipelines.feature_store import read_features, read_manifest
 from data_pipelines.object_store import ObjectStore, join
 from pretrain import checkpoint

@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import configs
-from configs.schema import ScheduleConfig, UNetConfig
+from configs.task import ScheduleConfig, UNetConfig
 from data_pipelines.object_store import ObjectStore
 from pretrain.backbone import save_backbone
 from tests.tiny_run import make_shards

@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 
 import pretrain.engine
-from configs.schema import EngineConfig, OptimizerConfig, ScheduleConfig, TrainConfig, UNetConfig
+from configs.schema import EngineConfig, OptimizerConfig, TrainConfig
+from configs.task import ScheduleConfig, UNetConfig
 from pretrain.backbone import Backbone
 from pretrain.diti import DiTi
 from pretrain.ema import Ema

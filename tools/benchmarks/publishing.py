@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 from configs.loading import parse_run
-from configs.schema import RunConfig, ScheduleConfig
+from configs.schema import RunConfig
+from configs.task import ScheduleConfig
 from data_pipelines.avatars import AvatarSpec, draw_avatar
 from data_pipelines.local_s3 import local_s3
 from data_pipelines.object_store import ObjectStore

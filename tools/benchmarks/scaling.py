@@ -46,7 +46,7 @@ class Report:
 
 def measure(micro_batch: int, steps: int, rounds: int) -> Report:
     """Rounds of so many steps, the pairs in turns."""
-    pipes = {pair: _start(pair, micro_batch) for pair in PAIRS}
+    pipes: dict[Pair, list[Connection]] = {pair: _start(pair, micro_batch) for pair in PAIRS}
     found: dict[Pair, list[float]] = {pair: [] for pair in PAIRS}
     for _ in range(rounds):
         for pair, ends in pipes.items():

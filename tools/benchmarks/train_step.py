@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from configs.schema import BackboneConfig, DitiTask, EncoderConfig, ScheduleConfig, UNetConfig
+from configs.task import BackboneConfig, DitiTask, EncoderConfig, ScheduleConfig, UNetConfig
 from pretrain.backbone import Backbone
 from pretrain.diti import DiTi
 from pretrain.ema import Ema
