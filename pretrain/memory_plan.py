@@ -5,8 +5,6 @@ The interpreter and its libraries come on top.
 
 from dataclasses import dataclass
 
-import torch
-
 from configs.schema import EngineConfig, RunConfig
 from configs.task import DitiTask
 from data_pipelines.object_store import ObjectStore
@@ -55,18 +53,25 @@ def sizes_of_run(config: RunConfig, store: ObjectStore, plan: RunPlan) -> ModelS
     """Of the model that a run will train. Of its backbone only the card is read.
 
     Raises:
-        BackboneError: there is no card.
+        ValueError: the backbone has no card, or the model does not go into this machine's memory.
     """
     size = config.data.image_size_px
+    try:
+        model = _make_model(config, store)
+        set_recomputing(model, config.engine.recompute_activations)
+        return sizes_of(model, image_size_px=size, micro_batch=plan.micro_batch)
+    except RuntimeError as error:  # torch's, of memory that is not there and images that run out
+        raise ValueError(
+            f"the model cannot be planned on this machine, which makes its weights once: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+
+
+def _make_model(config: RunConfig, store: ObjectStore) -> DiTi | Denoiser:
     if isinstance(config.task, DitiTask):
-        model = DiTi(
-            config.task, untrained_backbone(store, config.task.backbone), image_size_px=size
-        )
-    else:
-        model = Denoiser(config.task)
-    model.tables_to(torch.device("cpu"))
-    set_recomputing(model, config.engine.recompute_activations)
-    return sizes_of(model, image_size_px=size, micro_batch=plan.micro_batch)
+        backbone = untrained_backbone(store, config.task.backbone)
+        return DiTi(config.task, backbone, image_size_px=config.data.image_size_px)
+    return Denoiser(config.task)
 
 
 def plan_memory(sizes: ModelSizes, engine: EngineConfig, plan: RunPlan) -> dict[str, int]:
@@ -80,9 +85,9 @@ def plan_memory(sizes: ModelSizes, engine: EngineConfig, plan: RunPlan) -> dict[
     masters = 0 if stage == 0 and digits == 4 else own
     frozen = sizes.frozen
     if engine.backbone != "replicated":
-        frozen = -(-frozen // N) + min(frozen, LIVE_NUMBERS)
+        frozen = min(frozen, -(-frozen // N) + LIVE_NUMBERS)
     always = {
-        "weights": digits * (P if stage < 3 else own + min(P, LIVE_NUMBERS)),
+        "weights": digits * (P if stage < 3 else min(P, own + LIVE_NUMBERS)),
         "optimizer": 4 * masters + 8 * own,
         "average": 4 * own,
         "backbone": digits * frozen,

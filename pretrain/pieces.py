@@ -5,13 +5,13 @@ holds such ranges under their place (`NAME@START`), so it does not matter how ma
 under which ZeRO stage: whoever loads it asks for the ranges that it owns now.
 """
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
 import torch
 from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 KINDS = ("weights", "ema", "exp_avg", "exp_avg_sq")
@@ -46,9 +46,31 @@ def tensors_of(kind: str, pieces: Sequence[Piece], averages: Sequence[Tensor]) -
     return averages if kind == "ema" else [getattr(piece, kind) for piece in pieces]
 
 
-def pack(places: Sequence[str], tensors: Sequence[Tensor]) -> bytes:
-    """A safetensors file of flat ranges by their places."""
-    return save_safetensors(dict(zip(places, tensors, strict=True)))
+def pack(places: Sequence[str], tensors: Sequence[Tensor]) -> bytearray:
+    """A safetensors file of flat float32 ranges by their places.
+
+    Put together by torch's own copies. `safetensors.torch.save` copies all of it three times, and
+    holds the interpreter's lock, for which the training thread waits.
+    """
+    header, end = {}, 0
+    for place, tensor in zip(places, tensors, strict=True):
+        size = 4 * tensor.numel()
+        header[place] = {
+            "dtype": "F32",
+            "shape": [tensor.numel()],
+            "data_offsets": [end, end + size],
+        }
+        end += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    packed = bytearray(start + end)
+    packed[:start] = len(text).to_bytes(8, "little") + text
+    if end:
+        flat = torch.frombuffer(packed, dtype=torch.float32, offset=start)
+        for part, tensor in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True):
+            part.copy_(tensor)
+    return packed
 
 
 @dataclass(slots=True)

@@ -20,7 +20,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from data_pipelines.object_store import ObjectMissingError, ObjectStore, StoreError, join
+from data_pipelines.object_store import Content, ObjectMissingError, ObjectStore, StoreError, join
 from pretrain.checkpoint import (
     HISTORY_NAME,
     MANIFEST_NAME,
@@ -35,8 +35,8 @@ from pretrain.checkpoint import (
 from pretrain.pieces import KINDS
 from pretrain.world import World, from_first_rank
 
-File = tuple[str, Callable[[], bytes]]
-"""Name below the parts, and what makes its content."""
+File = tuple[str, Content]
+"""Name below the parts, and what is in it."""
 _ATTEMPT_NAME = "attempt.json"
 _POLL_SECONDS = 0.2
 _LINGER_SECONDS = 10.0
@@ -81,7 +81,7 @@ class Publisher:
 
         Args:
             manifest: without files and parts.
-            files: this rank's; each is made when its turn comes, and forgotten.
+            files: this rank's; each is forgotten once it is in the store.
         """
         assert self._thread is None, "the one before must be settled first"
         parts = f"parts-{self._attempt[:8]}-{manifest.step}"
@@ -139,9 +139,7 @@ class Publisher:
         where = parts_url(self._run_url, manifest)
         listing = {}
         while files:
-            name, make = files.pop(0)
-            content = make()
-            del make  # and with it the tensors that it holds
+            name, content = files.pop(0)  # and with it, what was uploaded before is forgotten
             self._store.write(join(where, name), content)
             listing[name] = len(content), hashlib.sha256(content).hexdigest()
         self._store.write(join(where, _listing_name(self._world.rank)), to_json(listing))

@@ -21,6 +21,11 @@ class RunPlan:
     keep_every_steps: int | None = None
     """Of complete checkpoints; None where only the newest stay."""
 
+    @property
+    def num_checkpoints(self) -> int:
+        """That a run from its start publishes, step 0 included."""
+        return 1 + -(-self.total_steps // self.checkpoint_every_steps)
+
     def publishes_at(self, step: int) -> bool:
         """Whether a checkpoint is published once `step` steps are done."""
         return step % self.checkpoint_every_steps == 0 or step == self.total_steps

@@ -150,20 +150,18 @@ class Saver:
     def _files(
         self, step: int, engine: Engine, ema: Ema, metrics: MetricsLog, budget: ErrorBudget
     ) -> Iterator[File]:
-        """This rank's; tensors are copied here, on the step path, and packed by the publisher."""
+        """This rank's, as they are now: training goes on changing what they are made of."""
         rank = self.world.rank
         places = [piece.place for piece in engine.pieces[engine.saves]]
         for kind in KINDS:
             live = tensors_of(kind, engine.pieces, ema.tensors)[engine.saves]
-            copies = [tensor.to("cpu", copy=True) for tensor in live]
-            yield checkpoint.piece_file(kind, rank), partial(pack, places, copies)
-        yield f"samples-{rank:05d}.tsv", self._samples.take().encode
+            yield checkpoint.piece_file(kind, rank), pack(places, live)
+        yield f"samples-{rank:05d}.tsv", self._samples.take().encode()
         if self.world.is_first:
-            yield checkpoint.METRICS_NAME, metrics.journal.take().encode
-            yield checkpoint.RUN_NAME, dump_run(self.config).encode
+            yield checkpoint.METRICS_NAME, metrics.journal.take().encode()
+            yield checkpoint.RUN_NAME, dump_run(self.config).encode()
             if engine.buffers:
-                buffers = {name: b.to("cpu", copy=True) for name, b in engine.buffers.items()}
-                yield checkpoint.BUFFERS_NAME, partial(save_safetensors, buffers)
+                yield checkpoint.BUFFERS_NAME, save_safetensors(dict(engine.buffers))
         self.write_dead_letters(step, budget.take_unwritten())
 
     def write_dead_letters(self, step: int, letters: list[DeadLetter]) -> None:

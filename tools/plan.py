@@ -1,8 +1,12 @@
 """What a run will do and hold on a number of workers, before a single one is started."""
 
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
-from configs.schema import RunConfig
+from pydantic import ValidationError
+
+from configs.schema import EngineConfig, RunConfig
 from data_pipelines.object_store import StoreError
 from data_pipelines.sample_order import legal_world_sizes
 from data_pipelines.shard_index import read_sets
@@ -47,17 +51,24 @@ def look_ahead(config: RunConfig, world_size: int) -> Outlook:
         data = {"data": plan_data(config, read_sets(store, config.data.folders), plan)}
     except StoreError as error:
         not_counted = f"the loader is not counted: {error}"
-    stages = {
-        stage: config.engine.model_copy(update={"zero_stage": stage}) for stage in ZERO_STAGES
-    }
     return Outlook(
         plan=plan,
         legal_world_sizes=tuple(legal_world_sizes(config.train.global_batch)),
         trained_parameters=sizes.trained,
         frozen_parameters=sizes.frozen,
-        checkpoints=1 + sum(plan.publishes_at(step + 1) for step in range(plan.total_steps)),
+        checkpoints=plan.num_checkpoints,
         checkpoint_bytes=4 * 4 * sizes.trained,
         zero_stage=config.engine.zero_stage,
-        memory={stage: plan_memory(sizes, engine, plan) | data for stage, engine in stages.items()},
+        memory={
+            engine.zero_stage: plan_memory(sizes, engine, plan) | data
+            for engine in _at_every_stage(config.engine)
+        },
         not_counted=not_counted,
     )
+
+
+def _at_every_stage(engine: EngineConfig) -> Iterator[EngineConfig]:
+    """The same settings at those stages that they go with."""
+    for stage in ZERO_STAGES:
+        with suppress(ValidationError):
+            yield EngineConfig.model_validate(engine.model_dump() | {"zero_stage": stage})

@@ -60,9 +60,11 @@ def print_outlook(outlook: Outlook) -> None:
         f"the backbone are not\n"
         f"world sizes that split the batch: {', '.join(map(str, outlook.legal_world_sizes))}"
     )
-    stages = [f"ZeRO {stage}" for stage in outlook.memory]
-    stages[outlook.zero_stage] += " (set)"
-    table = Table("part", *stages, title="memory of each worker, MiB")
+    stages = [
+        f"ZeRO {stage}" + (" (set)" if stage == outlook.zero_stage else "")
+        for stage in outlook.memory
+    ]
+    table = Table("part", *stages, title="at the fullest moment of a step each worker holds, MiB")
     parts = {part: None for held in outlook.memory.values() for part in held}
     for part in parts:
         table.add_row(part, *(_mib(held[part]) for held in outlook.memory.values()))

@@ -77,7 +77,7 @@ class Run:
         contents = files or {"weights/00000.safetensors": WEIGHTS}
         publisher.start(
             make_manifest(step, parent),
-            [(name, partial(bytes, content)) for name, content in contents.items()],
+            contents.items(),
         )
         outcome = publisher.settle(wait=True)
         if not isinstance(outcome, Manifest):
@@ -321,6 +321,8 @@ CHANGES = {
     "data.decode_threads": "data.decode_threads=7",
     "data.prefetch_batches": "data.prefetch_batches=7",
     "engine.attention": "engine.attention=sdpa",
+    "engine.backbone": "engine.backbone=partitioned",
+    "engine.compile": "engine.compile=frozen",
     "engine.offload_optimizer": "engine.offload_optimizer=true",
     "engine.recompute_activations": "engine.recompute_activations=true",
     "engine.zero_stage": "engine.zero_stage=3",
@@ -478,10 +480,10 @@ def test_an_attempt_that_was_replaced_publishes_no_more(run: Run):
     old, new = (
         Publisher(STORE, run.url, ALONE, deadline_seconds=5, kept_steps=set) for _ in range(2)
     )
-    old.start(make_manifest(2), [("metrics.jsonl", partial(bytes, b"old"))])
+    old.start(make_manifest(2), [("metrics.jsonl", b"old")])
     assert isinstance(old.settle(wait=True), SupersededError)
     assert checkpoint.complete_steps(STORE, run.url) == []
-    new.start(make_manifest(2), [("metrics.jsonl", partial(bytes, b"new"))])
+    new.start(make_manifest(2), [("metrics.jsonl", b"new")])
     manifest = new.settle(wait=True)
     assert isinstance(manifest, Manifest)
     assert checkpoint.read_file(STORE, run.url, manifest, "metrics.jsonl") == b"new"
@@ -489,10 +491,10 @@ def test_an_attempt_that_was_replaced_publishes_no_more(run: Run):
 
 def test_a_complete_checkpoint_is_not_replaced_by_another_runs(run: Run):
     first = Publisher(STORE, run.url, ALONE, deadline_seconds=5, kept_steps=set)
-    first.start(make_manifest(2), [("metrics.jsonl", partial(bytes, b"first"))])
+    first.start(make_manifest(2), [("metrics.jsonl", b"first")])
     assert isinstance(first.settle(wait=True), Manifest)
     second = Publisher(STORE, run.url, ALONE, deadline_seconds=5, kept_steps=set)
-    second.start(make_manifest(2), [("metrics.jsonl", partial(bytes, b"second"))])
+    second.start(make_manifest(2), [("metrics.jsonl", b"second")])
     error = second.settle(wait=True)
     assert isinstance(error, SupersededError)
     assert "another run of the same name has published step-00000002" in str(error)

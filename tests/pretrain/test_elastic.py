@@ -76,3 +76,32 @@ def test_a_run_that_moves_between_world_sizes_and_stages_follows_the_undisturbed
         position for position, _ in checkpoint.read_samples(STORE, run_url(moved), manifest)
     ]
     assert positions == list(range(72))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_every_stage_and_world_size_follows_one_curve_for_two_hundred_steps(
+    tmp_path: Path,
+) -> None:
+    """In fp32 only the order of sums differs, and training slowly draws its last digits apart."""
+    length = ("train.global_batch=8", "train.total_images=1600", "train.max_micro_batch=2")
+    curves: dict[str, list[float]] = {}
+    for workers, stage, offload in (
+        (1, 0, False), (2, 0, False), (2, 1, False), (2, 2, False), (2, 2, True), (2, 3, False),
+        (4, 2, False),
+    ):  # fmt: skip
+        name = f"ranks-{workers}-zero-{stage}{'-offload' if offload else ''}"
+        settings = f"name={name}", "train.checkpoint_every_images=1600"
+        config = make_run(STORE, str(tmp_path), *length, *settings)
+        config = at(config, workers, stage, offload=offload)
+        run_on_ranks(config, tmp_path)
+        manifest = checkpoint.find(STORE, run_url(config), None)
+        lines = checkpoint.read_metrics(STORE, run_url(config), manifest)
+        curves[name] = [line["loss"] for line in lines]
+    alone = curves.pop("ranks-1-zero-0")
+    assert len(alone) == 200
+    for name, curve in curves.items():
+        apart = [abs(found - loss) / loss for found, loss in zip(curve, alone, strict=True)]
+        print(f"{name}: {max(apart[:20]):.1e} over 20 steps, {max(apart):.1e} over 200")
+        assert max(apart[:20]) < 1e-5, name
+        assert max(apart) < 1e-3, name

@@ -5,6 +5,7 @@ from math import prod
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load as load_safetensors
 from torch._dynamo.utils import counters
 
 from configs.schema import EngineConfig, OptimizerConfig, RunConfig, TrainConfig
@@ -197,6 +198,17 @@ def test_pieces_are_the_whole_trained_part_and_alive(
             torch.testing.assert_close(live, whole.to(live.dtype), rtol=0, atol=0)
 
 
+def test_packed_pieces_are_a_safetensors_file_and_stay_as_they_were() -> None:
+    live = {"a@0": torch.arange(3.0), "b@7": torch.empty(0), "c@5": torch.tensor([2.5])}
+    file = pack(list(live), list(live.values()))
+    before = {name: tensor.clone() for name, tensor in live.items()}
+    live["a@0"].add_(1)
+    found = load_safetensors(bytes(file))
+    assert found.keys() == before.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in before.items())
+    assert load_safetensors(packed([], [])) == {}
+
+
 @pytest.mark.parametrize(
     ("stage", "precision", "offload"),
     [(2, "fp32", False), (3, "fp32", True), (0, "bf16", False), (1, "bf16", False)],
@@ -208,7 +220,7 @@ def test_state_of_any_stage_goes_on_under_any_other_to_the_last_bit(
     _, engine = make_engine(config, world, stage=2, precision=precision)
     engine.step(1e-3, micro_batches(0))
     kept = {
-        kind: pack([p.place for p in engine.pieces], [getattr(p, kind) for p in engine.pieces])
+        kind: packed([p.place for p in engine.pieces], [getattr(p, kind) for p in engine.pieces])
         for kind in ("weights", "exp_avg", "exp_avg_sq")
     }
     counters = engine.counters()
@@ -216,8 +228,8 @@ def test_state_of_any_stage_goes_on_under_any_other_to_the_last_bit(
     _, fresh = make_engine(
         config, world, stage=stage, precision=precision, offload_optimizer=offload
     )
-    for kind, packed in kept.items():
-        fill_pieces(fresh.pieces, [getattr(p, kind) for p in fresh.pieces], [packed])
+    for kind, file in kept.items():
+        fill_pieces(fresh.pieces, [getattr(p, kind) for p in fresh.pieces], [file])
     fresh.restore(counters)
     found = [fresh.step(1e-3, micro_batches(step)).item() for step in (1, 2)]
     # bf16: stages 0 and 1 add micro-batches' gradients in float32, stage 2 in bf16.
@@ -226,5 +238,10 @@ def test_state_of_any_stage_goes_on_under_any_other_to_the_last_bit(
 
 def weights_of(engine: Engine) -> dict[str, torch.Tensor]:
     """Every trained parameter, whole, as its pieces have it."""
-    packed = pack([p.place for p in engine.pieces], [p.weights for p in engine.pieces])
-    return assemble([packed], engine.shapes)
+    whole = packed([p.place for p in engine.pieces], [p.weights for p in engine.pieces])
+    return assemble([whole], engine.shapes)
+
+
+def packed(places: list[str], tensors: list[torch.Tensor]) -> bytes:
+    """As it is read again."""
+    return bytes(pack(places, tensors))
