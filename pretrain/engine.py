@@ -38,7 +38,7 @@ _IN_PARTS = {
     "stage3_max_live_parameters": LIVE_NUMBERS,
     "stage3_prefetch_bucket_size": LIVE_NUMBERS // 2,
     "stage3_max_reuse_distance": 0,  # a layer's weights are let go as soon as it has computed
-    "stage3_param_persistence_threshold": 10_000,  # small ones stay
+    "stage3_param_persistence_threshold": 4096,  # biases and norms stay
 }
 
 
