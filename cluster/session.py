@@ -63,12 +63,12 @@ def _start(num_cpus: int) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # A local session has a token of its own, and Ray warns about it at every start.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel("ERROR")
-    local = (
-        {} if "RAY_ADDRESS" in os.environ else {"num_cpus": num_cpus, "include_dashboard": False}
-    )
+    # "local": without it Ray joins whatever cluster this machine last started, running or dead.
+    local = {"address": "local", "num_cpus": num_cpus, "include_dashboard": False}
+    where = {} if "RAY_ADDRESS" in os.environ else local
     with interrupts_raised(signal.SIGTERM):
         try:
-            ray.init(**local, log_to_driver=False, logging_level=logging.WARNING)
+            ray.init(**where, log_to_driver=False, logging_level=logging.WARNING)
         except (ValueError, RayError):
             raise
         except Exception as error:

@@ -65,7 +65,7 @@ def load_backbone(store: ObjectStore, config: BackboneConfig) -> Backbone:
             f"{config.sha256}; use the pinned file, or pin this one if the change is meant"
         )
     card_url = _card_url(config.weights)
-    card = _parse_card(_read_card(store, card_url), card_url)
+    card = _read_card(store, card_url)
     unet = UNet(card["unet"])
     _load_exactly(unet, _parse_weights(weights, config.weights), config.weights)
     if card["sha256"] not in (None, digest):
@@ -84,7 +84,7 @@ def untrained_backbone(store: ObjectStore, config: BackboneConfig) -> Backbone:
         BackboneError: there is no card, or an unreadable one.
     """
     card_url = _card_url(config.weights)
-    card = _parse_card(_read_card(store, card_url), card_url)
+    card = _read_card(store, card_url)
     unet = UNet(card["unet"]).requires_grad_(False).eval()
     return Backbone(unet, card["schedule"], card["image_size_px"], "", card["prediction"])
 
@@ -174,9 +174,9 @@ def _card_url(weights_url: str) -> str:
     return weights_url.removesuffix(".safetensors") + ".json"
 
 
-def _read_card(store: ObjectStore, url: str) -> bytes:
+def _read_card(store: ObjectStore, url: str) -> dict[str, Any]:
     try:
-        return _read(store, url)
+        return _parse_card(_read(store, url), url)
     except ObjectMissingError as error:
         raise BackboneError(
             f"{error}; a backbone needs its card, the JSON that `diti backbone train` and `import` "

@@ -55,9 +55,8 @@ def place_frozen(trunk: nn.Module, engine: EngineConfig, device: torch.device) -
         model=trunk,
         config={
             "train_micro_batch_size_per_gpu": 1,  # which it insists on, and does not use
-            "bf16": {"enabled": engine.precision == "bf16"},
-            "fp16": {"enabled": engine.precision == "fp16"},
             "zero_optimization": _IN_PARTS | offload,
+            **_digits(engine),
         },
         dist_init_required=False,
     )
@@ -267,15 +266,18 @@ def deepspeed_config(
         "train_micro_batch_size_per_gpu": plan.micro_batch,
         "gradient_accumulation_steps": plan.accumulation,
         "gradient_clipping": optimizer.clip_norm or 0.0,
-        "bf16": {"enabled": engine.precision == "bf16"},
-        "fp16": {"enabled": engine.precision == "fp16"},
         "zero_optimization": {"stage": engine.zero_stage, "reduce_bucket_size": BUCKET_NUMBERS}
         | (_IN_PARTS if engine.zero_stage == 3 else {})
         | ({"offload_optimizer": {"device": "cpu"}} if engine.offload_optimizer else {}),
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW needs no compiler
         "steps_per_print": 2**31,
+        **_digits(engine),
     }
+
+
+def _digits(engine: EngineConfig) -> dict[str, Any]:
+    return {name: {"enabled": engine.precision == name} for name in ("bf16", "fp16")}
 
 
 def keep_freed_memory() -> None:

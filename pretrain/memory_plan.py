@@ -17,17 +17,6 @@ from pretrain.engine import BUCKET_NUMBERS, LIVE_NUMBERS
 from pretrain.run_plan import RunPlan
 from pretrain.unet import set_recomputing
 
-PARTS = (
-    "weights",
-    "gradients",
-    "optimizer",
-    "average",
-    "backbone",
-    "activations",
-    "communication",
-    "data",
-)
-
 
 @dataclass(frozen=True, slots=True)
 class ModelSizes:
@@ -75,7 +64,7 @@ def _make_model(config: RunConfig, store: ObjectStore) -> DiTi | Denoiser:
 
 
 def plan_memory(sizes: ModelSizes, engine: EngineConfig, plan: RunPlan) -> dict[str, int]:
-    """Bytes on every rank at the fullest moment of a step, by `PARTS` but `data`.
+    """Bytes on every rank at the fullest moment of a step, part by part; the data come on top.
 
     Letters: P trained numbers, N ranks. A number has 4 bytes in fp32, 2 in bf16 and fp16.
     """
@@ -92,35 +81,23 @@ def plan_memory(sizes: ModelSizes, engine: EngineConfig, plan: RunPlan) -> dict[
         "average": 4 * own,
         "backbone": digits * frozen,
     }
-    moments = _in_pass(sizes, stage, plan, digits), _in_step(P, own, stage, N, digits)
-    return always | max(moments, key=lambda moment: sum(moment.values()))
-
-
-def _in_pass(sizes: ModelSizes, stage: int, plan: RunPlan, digits: int) -> dict[str, int]:
-    """Where activations are most: when the last micro-batch's backward pass begins."""
-    P = sizes.trained
-    last_of_several = plan.accumulation > 1 or stage == 3  # whose buffers are made at the start
-    gradients = P if stage < 2 else -(-P // plan.world_size)
-    bucket = min(P, BUCKET_NUMBERS) if stage > 0 else 0
-    alone = stage == 0 and not last_of_several
-    activations = sizes.passes.with_gradients if alone else sizes.passes.without_gradients
-    return {
-        "gradients": digits * gradients if last_of_several else 0,
+    gradients = digits * (P if stage < 2 else own)
+    bucket = digits * min(P, BUCKET_NUMBERS)
+    there_already = plan.accumulation > 1 or stage == 3  # of earlier micro-batches, or made at once
+    in_activations = stage == 0 and not there_already
+    activations = sizes.passes.with_gradients if in_activations else sizes.passes.without_gradients
+    as_backward_begins = {
+        "gradients": gradients if there_already else 0,
         "activations": activations * digits // 4,
-        "communication": digits * bucket if last_of_several else 0,
+        "communication": bucket if there_already and stage > 0 else 0,
     }
-
-
-def _in_step(P: int, own: int, stage: int, N: int, digits: int) -> dict[str, int]:
-    """Where gradients are most: summed, and copied for the optimizer."""
-    bucket = P if stage == 0 and N > 1 else 0 if stage == 0 else min(P, BUCKET_NUMBERS)
-    copies = own if stage in (1, 2) else 0
-    whole = P if stage < 2 else own
-    return {
-        "gradients": digits * whole + 4 * copies,
+    in_optimizer = {
+        "gradients": gradients + (4 * own if stage in (1, 2) else 0),  # and a copy of its part
         "activations": 0,
-        "communication": digits * bucket,
+        "communication": bucket if stage > 0 else digits * P if N > 1 else 0,
     }
+    fullest = max(as_backward_begins, in_optimizer, key=lambda moment: sum(moment.values()))
+    return always | fullest
 
 
 def plan_data(config: RunConfig, index: ShardIndex, plan: RunPlan) -> int:

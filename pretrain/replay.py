@@ -18,8 +18,7 @@ from pretrain.engine import Engine
 from pretrain.preflight import open_store, run_url, sample_order
 from pretrain.restore import restore
 from pretrain.run_plan import learning_rate, plan_run
-from pretrain.train import build_model, compile_parts, open_batches, seed_dropout, to_tensors
-from pretrain.unet import set_recomputing
+from pretrain.train import build_model, open_batches, seed_dropout, set_execution, to_tensors
 from pretrain.world import join_world
 
 
@@ -66,8 +65,7 @@ def replay(config: RunConfig, step: int, allow_change: Sequence[str] = ()) -> Re
     index = read_sets(store, config.data.folders)
 
     model, backbone = build_model(config, store, world.device)
-    set_recomputing(model, config.engine.recompute_activations)
-    compile_parts(model, config.engine)
+    set_execution(model, config.engine)
     engine = Engine(model, config.engine, config.optimizer, plan, world)
     ema = Ema([piece.weights for piece in engine.pieces], config.train.ema_decay)
     restore(

@@ -106,8 +106,7 @@ def run(
     clock = StepClock(world.device)
     model, backbone = build_model(config, store, world.device, clock)
     speed = measure_speed(model, config, world)
-    set_recomputing(model, config.engine.recompute_activations)  # is no work of the model's
-    compile_parts(model, config.engine)
+    set_execution(model, config.engine)  # only now: what it does twice is no work of the model's
     if newest is None and isinstance(model, DiTi):
         load_start(model, store)
     timesteps = model.timesteps
@@ -200,8 +199,9 @@ def build_model(
     return model.to(device, dtype), backbone
 
 
-def compile_parts(model: DiTi | Denoiser, engine: EngineConfig) -> None:
-    """Have torch.compile make kernels of what `engine.compile` names, when it is first called."""
+def set_execution(model: DiTi | Denoiser, engine: EngineConfig) -> None:
+    """Recompute activations, and compile parts when they are first called, as `engine` says."""
+    set_recomputing(model, engine.recompute_activations)
     if isinstance(model, Denoiser):
         frozen, trained = [], [model.unet]
     else:

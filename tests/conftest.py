@@ -14,26 +14,23 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from data_pipelines.local_s3 import LocalS3, local_s3
+from data_pipelines.local_s3 import LocalS3
 from data_pipelines.object_store import ObjectStore, join
 from pretrain.world import World, join_world
+from tests.s3_server import s3_in_environment
 
 
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalS3]:
     """A running server; its AWS_* variables are set for the session. Tests must not stop it."""
-    with local_s3(tmp_path_factory.mktemp("s3")) as server, pytest.MonkeyPatch.context() as patch:
-        for name, value in server.environment().items():
-            patch.setenv(name, value)
+    with s3_in_environment(tmp_path_factory.mktemp("s3")) as server:
         yield server
 
 
 @pytest.fixture
-def victim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalS3]:
+def victim(tmp_path: Path) -> Iterator[LocalS3]:
     """A server of the test's own, to be mistreated; its AWS_* variables are set."""
-    with local_s3(tmp_path / "victim") as server:
-        for name, value in server.environment().items():
-            monkeypatch.setenv(name, value)
+    with s3_in_environment(tmp_path / "victim") as server:
         yield server
 
 

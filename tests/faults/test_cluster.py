@@ -4,11 +4,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
-import ray
 from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
@@ -21,6 +20,7 @@ from pretrain import checkpoint
 from pretrain.preflight import run_url
 from pretrain.progress import Progress
 from pretrain.train import run
+from tests.faults.harm import Once, ray_nodes
 from tests.tiny_run import make_run
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
@@ -29,29 +29,8 @@ STORE = ObjectStore()
 
 @pytest.fixture
 def nodes() -> Iterator[Cluster]:
-    """A cluster of a head without room for workers, and two nodes with room for one each."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-    cluster.add_node(num_cpus=1)
-    cluster.add_node(num_cpus=1)
-    cluster.wait_for_nodes()
-    ray.init(address=cluster.address, log_to_driver=False)
-    yield cluster
-    ray.shutdown()
-    cluster.shutdown()
-
-
-class Once:
-    """Does harm at the first report that is past some checkpoint."""
-
-    def __init__(self, harm: Callable[[], None], past: int = 2) -> None:
-        self.harm, self.past = harm, past
-        self.done_at: int | None = None
-
-    def __call__(self, ranks: Mapping[int, Progress]) -> None:
-        newest = min(rank.checkpoint_step for rank in ranks.values())
-        if self.done_at is None and newest >= self.past:
-            self.done_at = max(rank.step for rank in ranks.values())
-            self.harm()
+    with ray_nodes(2) as cluster:
+        yield cluster
 
 
 def losses(config: RunConfig) -> list[float]:

@@ -13,18 +13,18 @@ from pathlib import Path
 
 import psutil
 import pytest
-import ray
 import torch
 from ray.cluster_utils import Cluster
 
-from cluster.coordinator import NAMESPACE
 from cluster.launch import RunStoppedError, launch_training
 from configs.schema import RunConfig
-from data_pipelines.local_s3 import LocalS3, local_s3
+from data_pipelines.local_s3 import LocalS3
 from data_pipelines.object_store import ObjectStore
 from pretrain import checkpoint
 from pretrain.preflight import run_url
 from pretrain.progress import Progress
+from tests.faults.harm import kill_the_coordinator, ray_nodes
+from tests.s3_server import s3_in_environment
 from tests.tiny_run import make_run
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
@@ -67,22 +67,14 @@ class Watcher:
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Cluster]:
-    """A head without room for workers, and three nodes with room for one each."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-    for _ in range(3):
-        cluster.add_node(num_cpus=1)
-    cluster.wait_for_nodes()
-    ray.init(address=cluster.address, log_to_driver=False)
-    yield cluster
-    ray.shutdown()
-    cluster.shutdown()
+    """Two for the workers, and one to spare: for the test that kills one."""
+    with ray_nodes(3) as cluster:
+        yield cluster
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalS3]:
-    with local_s3(tmp_path_factory.mktemp("s3")) as server, pytest.MonkeyPatch.context() as patch:
-        for name, value in server.environment().items():
-            patch.setenv(name, value)
+    with s3_in_environment(tmp_path_factory.mktemp("s3")) as server:
         yield server
 
 
@@ -113,16 +105,10 @@ def kill_a_node(ranks: Ranks, server: LocalS3, nodes: Cluster) -> None:
         if any(info.process.pid == raylet for info in node.all_processes["raylet"])
     ]
     nodes.remove_node(node, allow_graceful=False)
-    nodes.add_node(num_cpus=1)
 
 
-def kill_the_coordinator(ranks: Ranks, server: LocalS3, nodes: Cluster) -> None:
-    [name] = [
-        actor["name"]
-        for actor in ray.util.list_named_actors(all_namespaces=True)
-        if actor["namespace"] == NAMESPACE
-    ]
-    ray.kill(ray.get_actor(name, namespace=NAMESPACE), no_restart=False)
+def lose_the_coordinator(ranks: Ranks, server: LocalS3, nodes: Cluster) -> None:
+    kill_the_coordinator()
 
 
 def give_notice(ranks: Ranks, server: LocalS3, nodes: Cluster) -> None:
@@ -150,7 +136,7 @@ def take_the_storage_away(ranks: Ranks, server: LocalS3, nodes: Cluster) -> None
     [
         (kill_a_worker, True),
         (kill_a_node, True),
-        (kill_the_coordinator, False),
+        (lose_the_coordinator, False),
         (give_notice, True),
         (kill_a_worker_in_mid_upload, True),
         (take_the_storage_away, False),

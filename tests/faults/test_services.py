@@ -3,14 +3,11 @@
 import os
 import signal
 import threading
-from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
 import pytest
-import ray
 
-from cluster.coordinator import NAMESPACE
 from cluster.export import export_features
 from cluster.launch import RunFailedError, launch_training
 from cluster.session import ray_session
@@ -19,23 +16,10 @@ from data_pipelines.local_s3 import LocalS3
 from data_pipelines.object_store import ObjectStore, join
 from pretrain import checkpoint
 from pretrain.preflight import run_url
-from pretrain.progress import Progress
+from tests.faults.harm import Once, kill_the_coordinator
 from tests.tiny_run import make_run, make_shards
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
-
-
-class Once:
-    """Calls `harm` at the first progress report past the first checkpoint after the start."""
-
-    def __init__(self, harm) -> None:
-        self.harm = harm
-        self.done = False
-
-    def __call__(self, ranks: Mapping[int, Progress]) -> None:
-        if not self.done and min(rank.checkpoint_step for rank in ranks.values()) >= 2:
-            self.done = True
-            self.harm()
 
 
 def trained_on(store: ObjectStore, run: RunConfig) -> list[int]:
@@ -54,7 +38,7 @@ def test_a_server_that_comes_back_costs_nothing(victim: LocalS3, tmp_path: Path)
     harm = Once(out_for_five_seconds)
     with ray_session(num_cpus=2):
         launch_training(run, local_dir=tmp_path / "local", on_progress=harm)
-    assert harm.done
+    assert harm.done_at is not None
     assert trained_on(store, run) == list(range(1280))
 
 
@@ -84,18 +68,10 @@ def test_a_dead_coordinator_is_rebuilt(victim: LocalS3, tmp_path: Path) -> None:
     store = ObjectStore()
     run = make_run(store, "s3://diti/x", "train.total_images=1280")
 
-    def kill_coordinator() -> None:
-        [name] = [
-            a["name"]
-            for a in ray.util.list_named_actors(all_namespaces=True)
-            if a["namespace"] == NAMESPACE
-        ]
-        ray.kill(ray.get_actor(name, namespace=NAMESPACE), no_restart=False)
-
-    harm = Once(kill_coordinator)
+    harm = Once(kill_the_coordinator)
     with ray_session(num_cpus=2):
         launch_training(run, local_dir=tmp_path / "local", on_progress=harm)
-    assert harm.done
+    assert harm.done_at is not None
     assert trained_on(store, run) == list(range(1280))
 
 

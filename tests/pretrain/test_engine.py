@@ -17,7 +17,7 @@ from pretrain.pieces import assemble, fill_pieces, pack
 from pretrain.position_noise import draw
 from pretrain.run_plan import plan_run
 from pretrain.timesteps import uniform_timesteps
-from pretrain.train import build_model, compile_parts
+from pretrain.train import build_model, set_execution
 from pretrain.trained import digest_of
 from pretrain.unet import set_recomputing
 from pretrain.world import World
@@ -43,7 +43,7 @@ def make_engine(
     config = config.model_copy(update={"engine": engine})
     model, _ = build_model(config, ObjectStore(), world.device)
     assert isinstance(model, DiTi)
-    compile_parts(model, engine)
+    set_execution(model, engine)
     optimizer = OptimizerConfig(learning_rate=1e-3, clip_norm=1.0)
     return model, Engine(model, engine, optimizer, plan_run(TRAIN, 1), world)
 

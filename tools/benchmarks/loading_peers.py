@@ -98,7 +98,7 @@ def ray_data(settings: dict[str, Any]) -> Iterator[np.ndarray]:
     from PIL import Image
     from pyarrow.fs import S3FileSystem
 
-    ray.init(num_cpus=settings["workers"], include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=settings["workers"], include_dashboard=False, log_to_driver=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
 
     def decode(row: dict[str, Any]) -> dict[str, Any]:

@@ -14,26 +14,17 @@ import ctypes
 import gc
 import json
 import multiprocessing
-import os
-import socket
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-import torch
-
 import pretrain.engine
-from configs.schema import EngineConfig, OptimizerConfig, TrainConfig
-from configs.task import ScheduleConfig, UNetConfig
-from pretrain.backbone import Backbone
-from pretrain.diti import DiTi
-from pretrain.ema import Ema
-from pretrain.engine import Engine, place_frozen
+from configs.schema import EngineConfig
+from configs.task import UNetConfig
 from pretrain.memory_plan import plan_memory, sizes_of
-from pretrain.run_plan import plan_run
-from pretrain.unet import UNet
-from pretrain.world import join_world
-from tools.benchmarks.train_step import IMAGE_SIZE_PX, TASK, UNET
+from pretrain.run_plan import RunPlan
+from tools.benchmarks.ranks import Steps, become_rank, free_port, plan_of
+from tools.benchmarks.train_step import IMAGE_SIZE_PX, UNET, make_model
 
 RANKS = 2
 STEPS = 3
@@ -60,30 +51,21 @@ class Row:
         return sum(self.planned.values()) / self.measured
 
 
-def make_model(unet: UNetConfig) -> DiTi:
-    """With random weights."""
-    backbone = Backbone(UNet(unet).requires_grad_(False), ScheduleConfig(), IMAGE_SIZE_PX, "")
-    return DiTi(TASK, backbone, image_size_px=IMAGE_SIZE_PX)
-
-
 def measure(model: str, engine: EngineConfig, micro_batch: int) -> Row:
     """Predict, then let two pairs of ranks do it."""
-    unet, batch = MODELS[model], RANKS * micro_batch
-    train = TrainConfig(total_images=batch, global_batch=batch, checkpoint_every_images=batch)
+    unet, plan = MODELS[model], plan_of(micro_batch, RANKS)
     sizes = sizes_of(make_model(unet), image_size_px=IMAGE_SIZE_PX, micro_batch=micro_batch)
-    planned = plan_memory(sizes, engine, plan_run(train, RANKS))
-    held, kept = (_on_ranks(unet, engine, train, keeps=keeps) for keeps in (False, True))
+    planned = plan_memory(sizes, engine, plan)
+    held, kept = (_on_ranks(unet, engine, plan, keeps=keeps) for keeps in (False, True))
     return Row(model, engine.zero_stage, planned, held, kept)
 
 
-def _on_ranks(unet: UNetConfig, engine: EngineConfig, train: TrainConfig, *, keeps: bool) -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def _on_ranks(unet: UNetConfig, engine: EngineConfig, plan: RunPlan, *, keeps: bool) -> int:
+    port = free_port()
     spawn = multiprocessing.get_context("spawn")
     near, far = spawn.Pipe()
     ranks = [
-        spawn.Process(target=_one_rank, args=(rank, port, unet, engine, train, keeps, far))
+        spawn.Process(target=_one_rank, args=(rank, port, unet, engine, plan, keeps, far))
         for rank in range(RANKS)
     ]
     for rank in ranks:
@@ -100,24 +82,18 @@ def _one_rank(
     port: int,
     unet: UNetConfig,
     engine: EngineConfig,
-    train: TrainConfig,
+    plan: RunPlan,
     keeps: bool,
     found: Connection,
 ) -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(RANKS),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    torch.set_num_threads(1)
+    become_rank(rank, RANKS, port)
     if not keeps:
         pretrain.engine.keep_freed_memory = _give_back_freed_memory
-    _take_steps(TINY, engine, train)
+    _take_steps(TINY, engine, plan)
     gc.collect()
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forget the most so far
-    _take_steps(unet, engine, train)
+    _take_steps(unet, engine, plan)
     if rank == 0:
         found.send(_resident("VmHWM") - before)
 
@@ -127,17 +103,8 @@ def _give_back_freed_memory() -> None:
     ctypes.CDLL(None).mallopt(mmap_threshold, 2**18)
 
 
-def _take_steps(unet: UNetConfig, engine: EngineConfig, train: TrainConfig) -> None:
-    world, plan = join_world(), plan_run(train, RANKS)
-    model = make_model(unet)
-    place_frozen(model.decoder.trunk, engine, world.device)
-    made = Engine(model.train(), engine, OptimizerConfig(), plan, world)
-    ema = Ema([piece.weights for piece in made.pieces], 0.999)
-    images = torch.rand(plan.micro_batch, 3, IMAGE_SIZE_PX, IMAGE_SIZE_PX)
-    t = torch.randint(0, 1000, (plan.micro_batch,))
-    for _ in range(STEPS):
-        made.step(1e-4, [(images, t, images)])
-        ema.update()
+def _take_steps(unet: UNetConfig, engine: EngineConfig, plan: RunPlan) -> None:
+    Steps(make_model(unet), engine, plan).take(STEPS)
 
 
 def _resident(what: str) -> int:

@@ -8,22 +8,15 @@ is what ZeRO and its collectives take.
 import argparse
 import json
 import multiprocessing
-import os
-import socket
 import statistics
 import time
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from typing import Literal
 
-import torch
-
-from configs.schema import EngineConfig, OptimizerConfig, TrainConfig
-from pretrain.ema import Ema
-from pretrain.engine import Engine, place_frozen
-from pretrain.run_plan import plan_run
-from pretrain.world import join_world
-from tools.benchmarks.train_step import IMAGE_SIZE_PX, make_model
+from configs.schema import EngineConfig
+from tools.benchmarks.ranks import Steps, become_rank, free_port, plan_of
+from tools.benchmarks.train_step import make_model
 
 Pair = Literal["two ranks", "two runs"]
 PAIRS: tuple[Pair, ...] = ("two ranks", "two runs")
@@ -65,7 +58,7 @@ def measure(micro_batch: int, steps: int, rounds: int) -> Report:
 def _start(pair: Pair, micro_batch: int) -> list[Connection]:
     spawn = multiprocessing.get_context("spawn")
     world_size = 2 if pair == "two ranks" else 1
-    ports = [_free_port()] * 2 if pair == "two ranks" else [_free_port(), _free_port()]
+    ports = [free_port()] * 2 if pair == "two ranks" else [free_port(), free_port()]
     ends = []
     for number, port in enumerate(ports):
         near, far = spawn.Pipe()
@@ -79,38 +72,13 @@ def _start(pair: Pair, micro_batch: int) -> list[Connection]:
     return ends
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def _work(rank: int, world_size: int, port: int, micro_batch: int, pipe: Connection) -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    torch.set_num_threads(1)
-    world, batch = join_world(), world_size * micro_batch
-    train = TrainConfig(total_images=batch, global_batch=batch, checkpoint_every_images=batch)
-    engine, model = EngineConfig(zero_stage=2), make_model()
-    place_frozen(model.decoder.trunk, engine, world.device)
-    made = Engine(model, engine, OptimizerConfig(), plan_run(train, world_size), world)
-    ema = Ema([piece.weights for piece in made.pieces], 0.9999)
-    images = torch.rand(micro_batch, 3, IMAGE_SIZE_PX, IMAGE_SIZE_PX) * 2 - 1
-    t = torch.randint(0, 1000, (micro_batch,))
-
-    def take(steps: int) -> None:
-        for _ in range(steps):
-            made.step(1e-4, [(images, t, images)])
-            ema.update()
-
-    take(1)  # warms up
+    become_rank(rank, world_size, port)
+    steps = Steps(make_model(), EngineConfig(zero_stage=2), plan_of(micro_batch, world_size))
+    steps.take(1)  # warms up
     pipe.send("ready")
-    while steps := pipe.recv():
-        take(steps)
+    while number := pipe.recv():
+        steps.take(number)
         pipe.send("done")
 
 

@@ -145,9 +145,9 @@ class Trainer:
         return [parameter.data for parameter in self.trained]
 
 
-def make_model() -> DiTi:
+def make_model(config: UNetConfig = UNET) -> DiTi:
     """The CelebA-64 model in training mode; no weight is left at its zero start."""
-    unet = UNet(UNET).requires_grad_(False).eval()
+    unet = UNet(config).requires_grad_(False).eval()
     model = DiTi(
         TASK, Backbone(unet, ScheduleConfig(), IMAGE_SIZE_PX, ""), image_size_px=IMAGE_SIZE_PX
     )
