@@ -28,6 +28,7 @@ from data_pipelines.shard_index import (
     index_shard,
     members_name,
     read_members,
+    samples_of,
     shard_of_members,
     write_index,
 )
@@ -84,8 +85,9 @@ def verify_set(
     """What is wrong with a shard set, one line each, and how many samples are interleaved.
 
     Args:
-        deep: read every byte of every shard and decode its images; otherwise the listing is looked
-            at, a local tar is read only if it was written again, and no interleaved sample is seen.
+        deep: read every byte of every tar, indexed or not, and decode the images of the shards;
+            otherwise the listing is looked at, a local tar is read only if it was written again,
+            and no interleaved sample is seen.
 
     Raises:
         TarWorkFailedError: the store or Ray failed.
@@ -93,18 +95,17 @@ def verify_set(
     index = index.moved(absolute)
     listing = store.list(index.url)
     changed = changed_shards(store, index, listing)
-    problems = _without_members(index, listing)
+    problems = _repeated(index) | _unindexed(index, listing) | _without_members(index, listing)
     problems |= {shard.name: problem for shard, problem in changed.items()}
     interleaved = 0
     if deep:
         there = {info.url for info in listing}
         readable = (shard for shard in index.shards if {shard.url, shard.members_url} <= there)
-        names = [shard.name for shard in readable]
+        names = [shard.name for shard in readable] + sorted(_unindexed(index, listing))
         task = partial(_verify_one, {shard.name: shard for shard in index.shards})
         found = on_every_tar(store, index.url, names, num_workers, task, on_progress)
         problems |= {name: problem for name, (problem, _) in found.items() if problem}
         interleaved = sum(count for _, count in found.values())
-    problems = _repeated(index) | _unindexed(index, listing) | problems  # the gravest last
     return [f"{name} {problem}" for name, problem in sorted(problems.items())], interleaved
 
 
@@ -163,7 +164,9 @@ def _verify_one(
     shards: dict[str, Shard], store: ObjectStore, url: str, name: str
 ) -> tuple[str, int]:
     """What is wrong with one tar, byte for byte ("" for nothing); its interleaved samples."""
-    shard = shards[name]
+    if (shard := shards.get(name)) is None:
+        with mapped(store, join(url, name)) as tar:
+            return f"is not in the index: {_why_unindexed(tar, join(url, name))}", 0
     try:
         table = read_members(store, shard)
     except (ShardMismatchError, ObjectMissingError) as error:
@@ -177,6 +180,14 @@ def _verify_one(
             return f"was damaged: {error}", 0
 
 
+def _why_unindexed(tar: Tar, url: str) -> str:
+    try:
+        found = samples_of(tar, url)
+    except ShardMismatchError as error:
+        return str(error)
+    return f"it is sound and came later (samples: {len(found.keys)}); index the shard set again"
+
+
 def _undecodable(table: MemberTable, tar: Tar, shard: Shard) -> str:
     """Which images cannot be decoded; they are sound copies of what was broken before."""
     reasons = []
@@ -185,14 +196,14 @@ def _undecodable(table: MemberTable, tar: Tar, shard: Shard) -> str:
             decode_sample(member_sample(table, row, shard.url, tar, 0, table.extensions), 32)
         except DecodeError as error:
             reasons.append(str(error))
-    return f"has {len(reasons)} images that cannot be used, first: {reasons[0]}" if reasons else ""
+    return f"has unusable images ({len(reasons)}), first: {reasons[0]}" if reasons else ""
 
 
 def _difference(before: MemberTable, now: MemberTable) -> str:
     """In what a tar's samples differ from those that were indexed."""
     lost, new = set(before.keys) - set(now.keys), set(now.keys) - set(before.keys)
     if lost or new:
-        return f"was replaced: {len(lost)} samples are gone, {len(new)} are new"
+        return f"was replaced (samples gone: {len(lost)}, new: {len(new)})"
     row_now = {key: row for row, key in enumerate(now.keys)}
     changed = [
         f"{key}.{extension}"
@@ -202,4 +213,4 @@ def _difference(before: MemberTable, now: MemberTable) -> str:
         or before.crc32s[extension][row] != now.crc32s[extension][row_now[key]]
     ]
     first = f", first {changed[0]}" if changed else ""
-    return f"was replaced: {len(changed)} members have other content{first}"
+    return f"was replaced (members with other content: {len(changed)}{first})"

@@ -209,7 +209,7 @@ def publish_shard(store: ObjectStore, url: str, name: str, tar: bytes) -> Shard:
     Raises:
         ShardMismatchError: the tar is not whole.
     """
-    table = _samples_of(tar, join(url, name))
+    table = samples_of(tar, join(url, name))
     info = store.write(join(url, name), tar)
     return _publish_members(store, url, name, tar, info.etag, table)[0]
 
@@ -222,7 +222,7 @@ def index_shard(store: ObjectStore, url: str, name: str, tar: Tar, etag: str) ->
     Raises:
         ShardMismatchError: the tar is not whole, or holds no sample.
     """
-    return _publish_members(store, url, name, tar, etag, _samples_of(tar, join(url, name)))
+    return _publish_members(store, url, name, tar, etag, samples_of(tar, join(url, name)))
 
 
 def _publish_members(
@@ -268,7 +268,12 @@ def shard_of_members(url: str, data: bytes) -> tuple[Shard, int]:
     return shard, interleaved
 
 
-def _samples_of(tar: Tar, url: str) -> MemberTable:
+def samples_of(tar: Tar, url: str) -> MemberTable:
+    """The member table of a tar that can be in a shard set.
+
+    Raises:
+        ShardMismatchError: it is damaged, or holds no sample.
+    """
     table = scan_tar(tar, url)
     if not table.keys:
         raise ShardMismatchError(f"{url} holds no sample; leave empty shards out")

@@ -88,6 +88,14 @@ def test_damaged_tars_are_named_and_left_out(store: ObjectStore, written: str):
     assert "00005.tar is not a readable tar (empty file)" in result.stderr
     assert "2 problems left out" in result.stderr
     assert "00005.tar is not in the index" in diti("verify", written).stderr
+    store.write(join(written, "00006.tar"), tar(6))
+    deep = diti("verify", written, "--deep").stderr
+    cut = join(written, "00004.tar")
+    assert f"00004.tar is not in the index: {cut} has no end-of-archive mark" in deep
+    assert "00005.tar is not in the index" in deep
+    assert "(empty file)" in deep
+    assert "00006.tar is not in the index: it is sound and came later (samples: 3)" in deep
+    assert "3 problems found" in deep
 
 
 def test_indexing_goes_on_where_it_was_and_reads_again_what_was_replaced(
@@ -128,7 +136,10 @@ def test_a_folder_without_a_usable_tar_is_refused(store: ObjectStore, s3_url: st
 
 def test_verify_finds_every_kind_of_change(store: ObjectStore, written: str):
     index_set(store, written, num_workers=2)
-    assert diti("verify", written, "--deep").exit_code == 0
+    for options, said in (((), "every tar is there"), (("--deep",), "every image can be decoded")):
+        sound = diti("verify", written, *options)
+        assert sound.exit_code == 0
+        assert said in sound.stdout
     store.delete(join(written, "00000.tar"))
     store.write(join(written, "00001.tar"), tar(1)[:-512])
     other = bytearray(tar(2, tar_format=tarfile.GNU_FORMAT))
@@ -163,7 +174,7 @@ def test_a_local_tar_is_compared_by_its_content_and_deep_verification_names_the_
     assert "2.tar holds the same bytes as 0.tar" in shallow.stderr
     assert "1.tar was replaced (of the same size, with other content)" in shallow.stderr
     assert "2 problems found" in shallow.stderr
-    assert f"1.tar was replaced: 1 members have other content, first {member.name}" in deep.stderr
+    assert f"1.tar was replaced (members with other content: 1, first {member.name})" in deep.stderr
     assert "2 problems found" in deep.stderr
 
 
@@ -185,7 +196,7 @@ def test_deep_verification_finds_images_that_were_broken_before_they_were_indexe
     assert diti("verify", s3_url).exit_code == 0
     deep = diti("verify", s3_url, "--deep")
     assert deep.exit_code == 1
-    assert "1.tar has 1 images that cannot be used, first: sample a of" in deep.stderr
+    assert "1.tar has unusable images (1), first: sample a of" in deep.stderr
     assert "3 samples have members of others among theirs" in deep.stdout
 
 

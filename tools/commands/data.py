@@ -98,6 +98,10 @@ def index(
         report_problems([tar.problem for tar in tars.values() if tar.problem], "left out")
 
 
+_READ = "every tar has the bytes that were indexed, and every image can be decoded"
+_LISTED = "every tar is there, with the size and version that were indexed (--deep reads them)"
+
+
 @app.command()
 def verify(
     url: Annotated[str, typer.Argument(help="Folder of a shard set with its index.")],
@@ -127,6 +131,7 @@ def verify(
         typer.echo(f"{size_of(found)} at {url}")
         say_interleaved(interleaved)
         report_problems(problems, "found")
+        typer.echo("nothing wrong: " + (_READ if deep else _LISTED))
 
 
 @app.command()
