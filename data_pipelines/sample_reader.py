@@ -317,7 +317,12 @@ class _Wanted(NamedTuple):
 
 
 def looking_ahead(items: Iterable[T], depth: int) -> Iterator[T]:
-    """The same items, each drawn from the source `depth` items before it is yielded."""
+    """The same items, each drawn from the source `depth` items before it is yielded.
+
+    But for the first: who starts waits for it, and would wait for what is fetched after it as well.
+    """
+    items = iter(items)
+    yield from islice(items, 1)
     held: list[T] = []
     for item in items:
         held.append(item)

@@ -644,12 +644,14 @@ def test_prefetching_keeps_its_depth_and_closes_the_source():
     assert len(events) <= 7
 
 
-def test_looking_ahead_draws_early_and_keeps_the_order():
+def test_looking_ahead_draws_early_but_for_the_first_and_keeps_the_order():
     drawn: list[int] = []
     items = looking_ahead((drawn.append(n) or n for n in range(6)), 2)
     assert next(items) == 0
-    assert drawn == [0, 1, 2]
-    assert list(items) == [1, 2, 3, 4, 5]
+    assert drawn == [0]
+    assert next(items) == 1
+    assert drawn == [0, 1, 2, 3]
+    assert list(items) == [2, 3, 4, 5]
     assert list(looking_ahead([1], 5)) == [1]
 
 

@@ -1,7 +1,8 @@
 """`python -m tools.benchmarks.coordinator`: the coordinator under the reports of 1,024 workers.
 
-Two client processes stand for the workers: each sends the reports of its half, spread evenly over
-every second. As in training, nobody waits for an answer, but for every eighth: it is timed.
+A bare actor gets the same reports, in rounds of its own: the floor. Two client processes stand for
+the workers: each sends the reports of its half, spread evenly over every second. As in training,
+nobody waits for an answer, but for every eighth: it is timed.
 """
 
 import argparse
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import psutil
 import ray
+from numpy.typing import NDArray
 
 from cluster.coordinator import start_coordinator
 from cluster.session import ray_session
@@ -51,6 +53,13 @@ def _progress(rank: int, step: int) -> Progress:
     )
 
 
+class Bare:
+    """An actor that keeps nothing: what it takes to reach any actor on this machine."""
+
+    def report(self, progress: Progress) -> None:
+        pass
+
+
 def resident_mib() -> float:
     """Memory of the coordinator's process."""
     [process] = [
@@ -64,28 +73,44 @@ def resident_mib() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Latency of reports to the coordinator.")
     parser.add_argument("--workers", type=int, default=1024)
-    parser.add_argument("--seconds", type=int, default=30)
+    parser.add_argument("--seconds", type=int, default=10, help="of a round")
+    parser.add_argument("--rounds", type=int, default=5, help="of each of the two, in turns")
     args = parser.parse_args()
+    ranks = [list(range(first, args.workers, CLIENTS)) for first in range(CLIENTS)]
     with ray_session(num_cpus=CLIENTS):
-        coordinator = start_coordinator("benchmark", ObjectStore())
-        ray.get(coordinator.progress.remote())
-        before = resident_mib()
-        actor: Any = ray.remote(num_cpus=1)(Client)
-        clients = [actor.remote() for _ in range(CLIENTS)]
-        ranks = [list(range(first, args.workers, CLIENTS)) for first in range(CLIENTS)]
-        for seconds in (2, args.seconds):  # the first ones start the processes
+        client: Any = ray.remote(num_cpus=1)(Client)
+        clients = [client.remote() for _ in range(CLIENTS)]
+
+        def latencies_ms(actor: Any, seconds: int) -> NDArray[np.float64]:
             found = ray.get([
-                client.report.remote(coordinator, mine, seconds)
+                client.report.remote(actor, mine, seconds)
                 for client, mine in zip(clients, ranks, strict=True)
             ])  # fmt: skip
-        latencies = 1e3 * np.concatenate(found)
-        middle, late = np.percentile(latencies, [50, 99])
+            return 1e3 * np.concatenate(found)
+
+        bare: Any = ray.remote(num_cpus=0)(Bare)
+        actors = {
+            "coordinator": start_coordinator("benchmark", ObjectStore()),
+            "bare actor": bare.options(enable_task_events=False).remote(),
+        }
+        for actor in actors.values():  # the first reports start the processes
+            latencies_ms(actor, seconds=2)
+        before = resident_mib()
+        rounds: dict[str, list[NDArray[np.float64]]] = {name: [] for name in actors}
+        for _ in range(args.rounds):
+            for name, actor in actors.items():
+                rounds[name].append(latencies_ms(actor, args.seconds))
         after = resident_mib()
+    print(f"{args.workers} workers that report every second, {args.rounds} x {args.seconds} s each")
+    for name, found in rounds.items():
+        late = " ".join(f"{np.percentile(one, 99):.1f}" for one in found)
+        everything = np.concatenate(found)
         print(
-            f"{args.workers} workers, {args.workers * args.seconds} reports in {args.seconds} s, "
-            f"{len(latencies)} timed: median {middle:.1f} ms, 99 % within {late:.1f} ms, slowest "
-            f"{latencies.max():.1f} ms; memory {after:.0f} MiB ({after - before:+.0f})"
+            f"{name:<12} median {np.median(everything):.1f} ms, 99 % within "
+            f"{np.percentile(everything, 99):.1f} ms (rounds: {late}), slowest "
+            f"{everything.max():.1f} ms"
         )
+    print(f"the coordinator's memory: {after:.0f} MiB ({after - before:+.0f})")
 
 
 if __name__ == "__main__":
