@@ -13,6 +13,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -46,28 +47,55 @@ wandb: {{mode: disabled}}
 """
 
 
+class Seconds(NamedTuple):
+    """Of one step, or since the start."""
+
+    wall: float
+    training: float
+    """CPU time of the training thread."""
+    others: float
+    """CPU time of every other thread of the process."""
+
+    def __sub__(self, before: "Seconds") -> "Seconds":
+        return Seconds(*(now - then for now, then in zip(self, before, strict=True)))
+
+
+_START = Seconds(0.0, 0.0, 0.0)
+
+
 @dataclass
 class Steps:
-    """Seconds of each step, by what the publisher did in it."""
+    """What each step took, by what the publisher did in it."""
 
-    alone: list[float] = field(default_factory=list)
-    beside: list[float] = field(default_factory=list)
-    starting: list[float] = field(default_factory=list)
+    alone: list[Seconds] = field(default_factory=list)
+    beside: list[Seconds] = field(default_factory=list)
+    starting: list[Seconds] = field(default_factory=list)
     """In which a checkpoint's tensors were copied; that is on the step path."""
-    _last: float = 0.0
+    ending: list[Seconds] = field(default_factory=list)
+    """In which a checkpoint became complete."""
+    _last: Seconds = _START
     _was_publishing: bool = True
 
     def note(self, progress: Progress) -> None:
-        now, publishing = time.perf_counter(), is_publishing()
-        seconds = now - self._last
+        training = time.thread_time()
+        now = Seconds(time.perf_counter(), training, time.process_time() - training)
+        publishing = is_publishing()
         if progress.step > 2:  # the first steps warm up
-            if publishing and self._was_publishing:
-                self.beside.append(seconds)
-            elif publishing:
-                self.starting.append(seconds)
-            elif not self._was_publishing:
-                self.alone.append(seconds)
+            kinds = {
+                (False, False): self.alone,
+                (False, True): self.starting,
+                (True, True): self.beside,
+                (True, False): self.ending,
+            }
+            kinds[self._was_publishing, publishing].append(now - self._last)
         self._last, self._was_publishing = now, publishing
+
+    def cpu_per_save(self) -> float:
+        """CPU seconds of a checkpoint: what its steps took more than those without one."""
+        alone = statistics.mean(step.training + step.others for step in self.alone)
+        steps = [*self.starting, *self.beside, *self.ending]
+        everything = sum(step.training + step.others for step in steps)
+        return (everything - alone * len(steps)) / len(self.starting)
 
 
 def is_publishing() -> bool:
@@ -127,9 +155,13 @@ def main() -> None:
             keep_to_one_core(0, 1)
             run(config, local_dir=folder, report=found.note)
     kinds = {"alone": found.alone, "beside publishing": found.beside, "that copy": found.starting}
-    for what, seconds in kinds.items():
-        print(f"{len(seconds)} steps {what}: median {statistics.median(seconds):.3f} s")
-    print(f"beside / alone: {statistics.median(found.beside) / statistics.median(found.alone):.3f}")
+    for what, steps in kinds.items():
+        wall, training, _ = (statistics.median(values) for values in zip(*steps, strict=True))
+        print(f"{len(steps)} steps {what}: median {wall:.3f} s, {training:.3f} CPU s of training")
+    ratio = statistics.median(step.wall for step in found.beside) / statistics.median(
+        step.wall for step in found.alone
+    )
+    print(f"beside / alone: {ratio:.3f}; {found.cpu_per_save():.1f} CPU s per checkpoint")
 
 
 if __name__ == "__main__":
