@@ -170,6 +170,16 @@ class EngineConfig(Section):
     """Attention kernel; `xformers` refuses to start where the kernel does not work."""
 
     @model_validator(mode="after")
+    def _offloads_only_under_zero(self) -> Self:
+        """At stage 0 DeepSpeed would take no notice of it."""
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError(
+                "offload_optimizer needs zero_stage 1, 2 or 3, got 0: without ZeRO the optimizer "
+                "stays where the weights are"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _compiles_only_what_is_whole(self) -> Self:
         """ZeRO-3 gathers weights in hooks, which a compiled module does not run."""
         if self.compile in ("frozen", "both") and self.backbone != "replicated":

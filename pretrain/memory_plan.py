@@ -72,14 +72,14 @@ def plan_memory(sizes: ModelSizes, engine: EngineConfig, plan: RunPlan) -> dict[
     digits = 4 if engine.precision == "fp32" else 2
     own = P if stage == 0 else -(-P // N)
     masters = 0 if stage == 0 and digits == 4 else own
-    frozen = sizes.frozen
-    if engine.backbone != "replicated":
-        frozen = min(frozen, -(-frozen // N) + LIVE_NUMBERS)
+    frozen = sizes.frozen if engine.backbone == "replicated" else -(-sizes.frozen // N)
+    gathered = min(sizes.frozen - frozen, LIVE_NUMBERS)
     always = {
         "weights": digits * (P if stage < 3 else min(P, own + LIVE_NUMBERS)),
         "optimizer": 4 * masters + 8 * own,
         "average": 4 * own,
         "backbone": digits * frozen,
+        "backbone, gathered": digits * gathered,
     }
     gradients = digits * (P if stage < 2 else own)
     bucket = digits * min(P, BUCKET_NUMBERS)
@@ -88,16 +88,25 @@ def plan_memory(sizes: ModelSizes, engine: EngineConfig, plan: RunPlan) -> dict[
     activations = sizes.passes.with_gradients if in_activations else sizes.passes.without_gradients
     as_backward_begins = {
         "gradients": gradients if there_already else 0,
+        "gradients, copied": 0,
         "activations": activations * digits // 4,
         "communication": bucket if there_already and stage > 0 else 0,
     }
     in_optimizer = {
-        "gradients": gradients + (4 * own if stage in (1, 2) else 0),  # and a copy of its part
+        "gradients": gradients,
+        "gradients, copied": 4 * own if stage in (1, 2) else 0,  # the rank's part, for the masters
         "activations": 0,
         "communication": bucket if stage > 0 else digits * P if N > 1 else 0,
     }
     fullest = max(as_backward_begins, in_optimizer, key=lambda moment: sum(moment.values()))
     return always | fullest
+
+
+def in_host_memory(engine: EngineConfig) -> set[str]:
+    """The parts that do not lie on the GPU, where the run has one."""
+    optimizer = {"optimizer", "average", "gradients, copied"} if engine.offload_optimizer else set()
+    backbone = {"backbone"} if engine.backbone == "offloaded" else set()
+    return {"data"} | optimizer | backbone
 
 
 def plan_data(config: RunConfig, index: ShardIndex, plan: RunPlan) -> int:

@@ -10,7 +10,7 @@ from configs.schema import EngineConfig, RunConfig
 from data_pipelines.object_store import StoreError
 from data_pipelines.sample_order import legal_world_sizes
 from data_pipelines.shard_index import read_sets
-from pretrain.memory_plan import plan_data, plan_memory, sizes_of_run
+from pretrain.memory_plan import in_host_memory, plan_data, plan_memory, sizes_of_run
 from pretrain.preflight import open_store
 from pretrain.run_plan import RunPlan, plan_run
 
@@ -33,6 +33,8 @@ class Outlook:
     """The one that is configured."""
     memory: dict[int, dict[str, int]]
     """Bytes on each rank by ZeRO stage and part, beside the interpreter's and its libraries'."""
+    in_host_memory: tuple[str, ...]
+    """The parts that do not lie on the GPU; none where the run has no GPU."""
     not_counted: str
     """Why a part is missing; "" where none is."""
 
@@ -45,7 +47,7 @@ def look_ahead(config: RunConfig, world_size: int) -> Outlook:
         BackboneError: the backbone's card cannot be read. Its weights need not be there.
     """
     plan, store = plan_run(config.train, world_size), open_store(config)
-    sizes = sizes_of_run(config, store, plan)
+    sizes, use_gpu = sizes_of_run(config, store, plan), config.cluster.use_gpu
     data, not_counted = {}, ""
     try:
         data = {"data": plan_data(config, read_sets(store, config.data.folders), plan)}
@@ -63,6 +65,7 @@ def look_ahead(config: RunConfig, world_size: int) -> Outlook:
             engine.zero_stage: plan_memory(sizes, engine, plan) | data
             for engine in _at_every_stage(config.engine)
         },
+        in_host_memory=tuple(sorted(in_host_memory(config.engine) if use_gpu else ())),
         not_counted=not_counted,
     )
 

@@ -65,13 +65,18 @@ def print_outlook(outlook: Outlook) -> None:
         for stage in outlook.memory
     ]
     table = Table("part", *stages, title="at the fullest moment of a step each worker holds, MiB")
-    parts = {part: None for held in outlook.memory.values() for part in held}
+    parts = {part: None for held in outlook.memory.values() for part in held if held[part]}
     for part in parts:
         table.add_row(part, *(_mib(held[part]) for held in outlook.memory.values()))
     table.add_section()
-    table.add_row("together", *(_mib(sum(held.values())) for held in outlook.memory.values()))
+    on_host = set(outlook.in_host_memory)
+    places = {"on the GPU": parts.keys() - on_host, "in the host's": parts.keys() & on_host}
+    for place, there in (places if on_host else {"together": parts.keys()}).items():
+        sums = (sum(held[part] for part in there) for held in outlook.memory.values())
+        table.add_row(place, *map(_mib, sums))
     Console().print(table)
-    typer.echo("The interpreter and its libraries come on top: about 300 MiB on a CPU.")
+    cuda = " What CUDA takes for itself has not been measured." if on_host else ""
+    typer.echo(f"The interpreter and its libraries come on top: about 300 MiB on a CPU.{cuda}")
     if outlook.not_counted:
         typer.echo(outlook.not_counted)
 

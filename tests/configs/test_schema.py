@@ -181,6 +181,10 @@ RESNET10 = MINIMAL["DitiTask"] | {"encoder": {"kind": "resnet10"}}
             "compile 'both' needs backbone 'replicated', got 'partitioned'",
         ),
         (
+            lambda: make("EngineConfig", offload_optimizer=True, zero_stage=0),
+            "offload_optimizer needs zero_stage 1, 2 or 3, got 0",
+        ),
+        (
             lambda: make("EngineConfig", compile="trained", zero_stage=3),
             "compile 'trained' needs zero_stage 0, 1 or 2, got 3",
         ),

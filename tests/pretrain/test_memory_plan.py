@@ -3,7 +3,7 @@
 from configs.schema import EngineConfig, TrainConfig
 from pretrain.activations import PassMemory
 from pretrain.engine import BUCKET_NUMBERS, LIVE_NUMBERS
-from pretrain.memory_plan import ModelSizes, plan_memory
+from pretrain.memory_plan import ModelSizes, in_host_memory, plan_memory
 from pretrain.run_plan import plan_run
 
 M = 10**6
@@ -24,7 +24,9 @@ def test_activations_are_the_most_where_images_are_large():
         "optimizer": 12 * 100 * M / 8,
         "average": 4 * 100 * M / 8,
         "backbone": 160 * M,
+        "backbone, gathered": 0,
         "gradients": 0,
+        "gradients, copied": 0,
         "activations": 9000 * M,
         "communication": 0,
     }
@@ -37,7 +39,8 @@ def test_gradients_are_the_most_where_images_are_small():
     assert (alone["gradients"], alone["activations"], alone["communication"]) == (400 * M, 0, 0)
     assert plan(SMALL, zero_stage=0)["communication"] == 400 * M
     shared = plan(SMALL, zero_stage=2)
-    assert (shared["gradients"], shared["communication"]) == (200 * M, 4 * BUCKET_NUMBERS)
+    assert (shared["gradients"], shared["gradients, copied"]) == (100 * M, 100 * M)
+    assert shared["communication"] == 4 * BUCKET_NUMBERS
 
 
 def test_gradients_stay_while_micro_batches_are_accumulated():
@@ -49,9 +52,20 @@ def test_gradients_stay_while_micro_batches_are_accumulated():
 def test_parts_of_weights_are_a_share_and_what_is_gathered():
     found = plan(SMALL, zero_stage=3, backbone="partitioned")
     assert found["weights"] == 4 * (25 * M + LIVE_NUMBERS)
-    assert found["backbone"] == 4 * (10 * M + LIVE_NUMBERS)
-    tiny = ModelSizes(M, M, PassMemory(M, M))
-    assert plan(tiny, zero_stage=3, backbone="offloaded")["backbone"] == 4 * M, "never above whole"
+    assert found["backbone"] == 4 * 10 * M
+    assert found["backbone, gathered"] == 4 * LIVE_NUMBERS
+    tiny = plan(ModelSizes(M, M, PassMemory(M, M)), zero_stage=3, backbone="offloaded")
+    assert tiny["backbone"] + tiny["backbone, gathered"] == 4 * M, "never above whole"
+
+
+def test_what_is_offloaded_lies_in_the_hosts_memory():
+    def on_host(**engine: object) -> set[str]:
+        return in_host_memory(EngineConfig.model_validate(engine))
+
+    assert on_host(zero_stage=2) == {"data"}
+    assert on_host(backbone="offloaded") == {"data", "backbone"}
+    moved = {"data", "optimizer", "average", "gradients, copied"}
+    assert on_host(zero_stage=2, offload_optimizer=True) == moved
 
 
 def test_fewer_digits_halve_all_but_optimizer_and_average():

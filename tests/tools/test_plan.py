@@ -67,7 +67,8 @@ def test_every_recipe_plans(recipe: str, tmp_path: Path) -> None:
 
 
 def test_people_get_a_table_and_what_is_missing_is_said(tmp_path: Path) -> None:
-    result = plan("celeba64_diti", *card_only(tmp_path, 64), f"data.shards={tmp_path}")
+    given = *card_only(tmp_path, 64), f"data.shards={tmp_path}"
+    result = plan("celeba64_diti", *given)
     assert result.exit_code == 0, result.output
     for said in (
         "4 workers, 32 images each: 296875 steps; 298 checkpoints",
@@ -78,6 +79,10 @@ def test_people_get_a_table_and_what_is_missing_is_said(tmp_path: Path) -> None:
         "the loader is not counted",
     ):
         assert said in result.stdout
+    assert "in the host's" in result.stdout
+    on_cpu = plan("celeba64_diti", *given, "cluster.use_gpu=false")
+    assert "together" in on_cpu.stdout
+    assert "in the host's" not in on_cpu.stdout
 
 
 def test_a_loader_is_counted_where_its_shards_are(tmp_path: Path) -> None:
