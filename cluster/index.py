@@ -19,7 +19,7 @@ from data_pipelines.object_store import (
     absolute,
     join,
 )
-from data_pipelines.sample_images import decode_sample
+from data_pipelines.sample_images import IMAGE_EXTENSIONS, decode_sample
 from data_pipelines.sample_reader import member_sample
 from data_pipelines.shard_index import (
     Shard,
@@ -42,6 +42,7 @@ class Indexed:
     shard: Shard | None
     num_interleaved: int = 0
     """Samples that WebDataset's own reader would split; ours reads them."""
+    num_without_image: int = 0
     problem: str = ""
 
 
@@ -143,21 +144,24 @@ def _index_one(store: ObjectStore, url: str, name: str) -> Indexed:
         return known
     try:
         with mapped(store, info.url) as tar:
-            shard, interleaved = index_shard(store, url, name, tar, info.etag)
+            return _indexed(*index_shard(store, url, name, tar, info.etag))
     except ShardMismatchError as error:
         return Indexed(None, problem=str(error))
-    return Indexed(shard, interleaved)
+
+
+def _indexed(shard: Shard, table: MemberTable) -> Indexed:
+    return Indexed(shard, table.num_interleaved, table.num_without(IMAGE_EXTENSIONS))
 
 
 def _known_line(store: ObjectStore, url: str, name: str, info: ObjectInfo) -> Indexed | None:
     """What an earlier indexing of the same tar found."""
     try:
         data = store.read(join(url, members_name(name)))
-        shard, interleaved = shard_of_members(url, data)
+        shard, table = shard_of_members(url, data)
     except (ObjectMissingError, ShardMismatchError):
         return None
     same = (shard.name, shard.size_bytes, shard.etag) == (name, info.size_bytes, info.etag)
-    return Indexed(shard, interleaved) if same else None
+    return _indexed(shard, table) if same else None
 
 
 def _verify_one(

@@ -37,7 +37,12 @@ from pretrain.publisher import SupersededError, collect_orphans
 from pretrain.train import TrainingDivergedError, Wish, run
 
 POLL_SECONDS = 1.0
-FOR_GOOD = (SupersededError, TrainingDivergedError, TooManyBadSamplesError)
+FOR_GOOD = (
+    checkpoint.DamagedError,
+    SupersededError,
+    TrainingDivergedError,
+    TooManyBadSamplesError,
+)
 _log = logging.getLogger(__name__)
 
 
@@ -83,6 +88,8 @@ def launch_training(
         checkpoint.go_back(store, run_url(config), from_step)
     collect_orphans(store, run_url(config))
     on_start(found)
+    if found.resumes_at >= found.plan.total_steps:
+        return checkpoint.find(store, run_url(config), None)
     cluster = config.cluster
     with ray_session(
         num_cpus=cluster.num_workers * cluster.cpus_per_worker,
@@ -306,4 +313,6 @@ def _explain(config: RunConfig, error: Exception, stalls: Sequence[str]) -> str:
         else "No checkpoint is complete yet: mend the cause, and run the same command again."
     )
     reason = ("; ".join(causes) or last_line(error)).rstrip(".")
+    if any(isinstance(cause, checkpoint.DamagedError) for cause in failures.values()):
+        return f"run {config.name!r} failed: {reason}."
     return f"run {config.name!r} failed: {reason}. {goes_on}"

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from configs.task import DenoiserTask, DitiTask, ResNet10Config
 from configs.values import (
+    Amount,
     Fraction,
     Name,
     NonNegativeInt,
@@ -46,8 +47,8 @@ class SourceConfig(Section):
 class CacheConfig(Section):
     """Fetched ranges of shards kept on a local disk, for later epochs; shared by its processes."""
 
-    folder: str
-    limit_gib: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    folder: Annotated[str, Field(min_length=1)]
+    limit_gib: Annotated[float, Field(gt=0, le=2**20, allow_inf_nan=False)]
     """The least recently used ranges go beyond it."""
 
 
@@ -60,12 +61,12 @@ class DataConfig(Section):
     """Instead of `shards`: several such folders by names of your choice, mixed by weight."""
     image_size_px: PositiveInt
     """Side of the square the encoder and the backbone see; images are resized to it."""
-    lanes: PositiveInt | None = None
+    lanes: Amount | None = None
     """Places in the epoch that are read side by side; more mix better. Null means one per image of
     the global batch: then a rank reads windows that no other rank reads."""
-    window_rows: PositiveInt = 128
+    window_rows: Amount = 128
     """Consecutive rows of a shard fetched by one ranged GET and shuffled together."""
-    decode_threads: PositiveInt = 2
+    decode_threads: Amount = 2
     """Threads that decode images, per rank."""
     cache: CacheConfig | None = None
     crop: Literal["centre", "random"] = "centre"
@@ -75,7 +76,7 @@ class DataConfig(Section):
     error_budget: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.001
     """Share of the samples read (of an epoch, in the first one) that may be replaced, because they
     cannot be used, before the run stops."""
-    prefetch_batches: PositiveInt = 4
+    prefetch_batches: Amount = 4
     """Decoded micro-batches held ready, per rank; bounds the loader's memory."""
 
     @model_validator(mode="after")

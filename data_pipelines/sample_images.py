@@ -39,5 +39,5 @@ def decode_sample_into(out: NDArray[np.uint8], sample: Sample, place: float) -> 
                 ) from error
     raise DecodeError(
         f"sample {sample['__key__']} of {sample['__url__']} has no image "
-        f"(none of {', '.join(IMAGE_EXTENSIONS)})"
+        f"(none of {', '.join(IMAGE_EXTENSIONS)} right after the first dot of its members' names)"
     )

@@ -214,10 +214,12 @@ def publish_shard(store: ObjectStore, url: str, name: str, tar: bytes) -> Shard:
     return _publish_members(store, url, name, tar, info.etag, table)[0]
 
 
-def index_shard(store: ObjectStore, url: str, name: str, tar: Tar, etag: str) -> tuple[Shard, int]:
+def index_shard(
+    store: ObjectStore, url: str, name: str, tar: Tar, etag: str
+) -> tuple[Shard, MemberTable]:
     """Write the member table of a tar that is there already.
 
-    Returns its line of the index, and how many of its samples are interleaved.
+    Returns its line of the index, and the table.
 
     Raises:
         ShardMismatchError: the tar is not whole, or holds no sample.
@@ -227,7 +229,7 @@ def index_shard(store: ObjectStore, url: str, name: str, tar: Tar, etag: str) ->
 
 def _publish_members(
     store: ObjectStore, url: str, name: str, tar: Tar, etag: str, table: MemberTable
-) -> tuple[Shard, int]:
+) -> tuple[Shard, MemberTable]:
     """Write the member table of a tar, with the tar's line of the index in its metadata."""
     shard = Shard(
         folder=url,
@@ -239,13 +241,11 @@ def _publish_members(
         members_sha256=table.digest,
     )
     notes = {field: str(getattr(shard, field)) for field in _SCHEMA.names}
-    interleaved = table.num_interleaved
-    notes["num_interleaved"] = str(interleaved)
     store.write(shard.members_url, members_to_parquet(table, notes))
-    return shard, interleaved
+    return shard, table
 
 
-def shard_of_members(url: str, data: bytes) -> tuple[Shard, int]:
+def shard_of_members(url: str, data: bytes) -> tuple[Shard, MemberTable]:
     """What `index_shard` returned when it wrote this file of the set at `url`.
 
     Raises:
@@ -262,10 +262,10 @@ def shard_of_members(url: str, data: bytes) -> tuple[Shard, int]:
             num_samples=int(notes["num_samples"]),
             members_sha256=notes["members_sha256"],
         )
-        interleaved = int(notes["num_interleaved"])
-    if members_from_parquet(data).digest != shard.members_sha256:
+    table = members_from_parquet(data)
+    if table.digest != shard.members_sha256:
         raise ShardMismatchError(f"the member table of {shard.name} is damaged")
-    return shard, interleaved
+    return shard, table
 
 
 def samples_of(tar: Tar, url: str) -> MemberTable:
@@ -372,9 +372,11 @@ def shards_changed(index: ShardIndex, changed: Mapping[Shard, str]) -> ShardMism
         f"{shard.name if one_folder else shard.url} {problem}" for shard, problem in changed.items()
     ]
     more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
+    share = sum(shard.num_samples for shard in changed) / index.num_samples
     return ShardMismatchError(
         f"shards at {index.url} do not match their index: {'; '.join(problems[:10])}{more}. "
-        f"Restore them, or index the set again with `diti data index`."
+        f"Restore them; or index the set again with `diti data index`, for new runs; or have a run "
+        f"replace their samples (data.error_budget of at least {share:.3g})."
     )
 
 

@@ -78,6 +78,11 @@ class MemberTable:
         begins = rows[np.flatnonzero(np.diff(rows, prepend=-1))]
         return int((np.bincount(begins) > 1).sum())
 
+    def num_without(self, extensions: Sequence[str]) -> int:
+        """Samples that have none of these members."""
+        there = [self.offsets[name] >= 0 for name in self.those_of(extensions)]
+        return len(self.keys) - int(np.any(there, axis=0).sum()) if there else len(self.keys)
+
 
 def scan_tar(data: Tar, url: str) -> MemberTable:
     """Find every sample of a tar, rows in the order in which their keys first appear.
@@ -132,6 +137,11 @@ def _check_place(member: tarfile.TarInfo, end: int, url: str) -> None:
         raise ShardMismatchError(
             f"{url}: the header of member {member.name!r} at byte {member.offset} is damaged (size "
             f"{member.size}); write or upload the tar again"
+        )
+    if (member.islnk() or member.issym()) and key_and_extension(member.name)[0]:
+        raise ShardMismatchError(
+            f"{url}: member {member.name!r} is a link to {member.linkname!r} and holds no bytes of "
+            f"its own; write the tar again with --dereference --hard-dereference"
         )
     if member.issparse():
         raise ShardMismatchError(

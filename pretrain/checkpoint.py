@@ -38,16 +38,21 @@ SUPERSEDED_PREFIX = "SUPERSEDED-"
 BUFFERS_NAME = "buffers.safetensors"
 METRICS_NAME = "metrics.jsonl"
 RUN_NAME = "run.yaml"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 class CheckpointError(ValueError):
     """A checkpoint is damaged, or does not belong to the run that wants it."""
 
 
+class DamagedError(CheckpointError):
+    """A complete checkpoint is no longer what was published; trying again does not help."""
+
+
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What COMPLETE.json says. `files` maps names below the parts to (bytes, SHA-256)."""
+    """What COMPLETE.json says, beside its own SHA-256. `files` maps names below the parts to
+    (bytes, SHA-256)."""
 
     step: Annotated[int, Field(ge=0)]
     images: int
@@ -118,16 +123,24 @@ def read_manifest(store: ObjectStore, run_url: str, step: int) -> Manifest:
         ObjectMissingError: there is no complete checkpoint at that step.
         CheckpointError: the manifest cannot be read.
     """
-    return _manifest_at(store, join(checkpoints_url(run_url), checkpoint_name(step), MANIFEST_NAME))
+    return manifest_at(store, join(checkpoints_url(run_url), checkpoint_name(step), MANIFEST_NAME))
 
 
-def _manifest_at(store: ObjectStore, where: str) -> Manifest:
+def manifest_at(store: ObjectStore, where: str) -> Manifest:
+    """The manifest in one file, whatever that is called.
+
+    Raises:
+        CheckpointError: it cannot be read, or is not what was written.
+    """
     data = store.read(where)
     try:
-        version = dict(json.loads(data)).get("format_version")
+        said = dict(json.loads(data))
+        version = said.get("format_version")
         if version != FORMAT_VERSION:
             raise ValueError(f"format {version}, this code reads {FORMAT_VERSION}")
-        manifest = _MANIFEST.validate_json(data, strict=True)
+        if said.pop("sha256", None) != digest_of(said):
+            raise ValueError("its SHA-256 is not the one that it names: it was damaged or edited")
+        manifest = _MANIFEST.validate_json(json.dumps(said), strict=True)
         if manifest.name != where.split("/")[-2]:
             raise ValueError(f"it is of step {manifest.step}")
         if manifest.parent is not None and not manifest.parent < manifest.name:
@@ -199,13 +212,30 @@ def lineage(store: ObjectStore, run_url: str, manifest: Manifest) -> list[Manife
     while (parent := line[-1].parent) is not None:
         folder = join(checkpoints_url(run_url), parent)
         try:
-            line.append(_manifest_at(store, join(folder, MANIFEST_NAME)))
+            line.append(manifest_at(store, join(folder, MANIFEST_NAME)))
         except ObjectMissingError:
-            line.append(_manifest_at(store, join(folder, HISTORY_NAME)))
+            line.append(manifest_at(store, join(folder, HISTORY_NAME)))
     return line[::-1]
 
 
 # --- what is in one -------------------------------------------------------------------------------
+
+
+def check_files(store: ObjectStore, run_url: str, manifest: Manifest) -> None:
+    """Compare what the store lists with the manifest; nothing is read.
+
+    Raises:
+        DamagedError: a file is gone, or has another size.
+    """
+    base = parts_url(run_url, manifest)
+    there = {info.url: info.size_bytes for info in store.list(base)}
+    for name, (size, _) in manifest.files.items():
+        found = there.get(join(base, name))
+        if found != size:
+            raise DamagedError(
+                f"{join(base, name)} {'is missing' if found is None else f'has {found} bytes'}, "
+                f"its manifest names {size} bytes; {_instead(store, run_url, manifest)}"
+            )
 
 
 def read_file(store: ObjectStore, run_url: str, manifest: Manifest, name: str) -> bytes:
@@ -223,16 +253,25 @@ def read_file(store: ObjectStore, run_url: str, manifest: Manifest, name: str) -
     try:
         data = store.read(where)
     except ObjectMissingError as error:
-        raise CheckpointError(
-            f"{where} is missing, although its manifest names it; use an older checkpoint"
+        raise DamagedError(
+            f"{where} is missing, although its manifest names it; "
+            f"{_instead(store, run_url, manifest)}"
         ) from error
     size, digest = manifest.files[name]
     if len(data) != size or hashlib.sha256(data).hexdigest() != digest:
-        raise CheckpointError(
+        raise DamagedError(
             f"{where} is damaged: {len(data)} bytes, not the {size} bytes with SHA-256 {digest} "
-            f"that its manifest names; use an older checkpoint"
+            f"that its manifest names; {_instead(store, run_url, manifest)}"
         )
     return data
+
+
+def _instead(store: ObjectStore, run_url: str, manifest: Manifest) -> str:
+    """What to use in place of a damaged checkpoint."""
+    older = [step for step in complete_steps(store, run_url) if step < manifest.step]
+    if not older:
+        return "restore it: there is no older complete checkpoint"
+    return f"restore it, or go back to the next older complete one: --from-step {older[-1]}"
 
 
 def read_pieces(
@@ -258,9 +297,9 @@ def read_tensors(
         files = read_pieces(store, run_url, manifest, kind)
         return assemble(files, manifest.shapes) | read_buffers(store, run_url, manifest)
     except (PiecesError, SafetensorError) as error:
-        raise CheckpointError(
-            f"the {kind} of checkpoint {manifest.name} of {run_url} cannot be used: {error}; use "
-            f"an older checkpoint"
+        raise DamagedError(
+            f"the {kind} of checkpoint {manifest.name} of {run_url} cannot be used: {error}; "
+            f"{_instead(store, run_url, manifest)}"
         ) from error
 
 
@@ -308,6 +347,14 @@ def run_of(manifest: Manifest) -> RunConfig:
 
 
 def to_json(value: Mapping[str, Any] | Manifest | Sequence[Any]) -> bytes:
-    """How manifests and listings are written."""
-    plain = asdict(value) if isinstance(value, Manifest) else value
-    return (json.dumps(plain, indent=1) + "\n").encode()
+    """How manifests and listings are written; a manifest with a digest of itself."""
+    if isinstance(value, Manifest):
+        plain = asdict(value)
+        value = plain | {"sha256": digest_of(plain)}
+    return (json.dumps(value, indent=1) + "\n").encode()
+
+
+def digest_of(plain: Mapping[str, Any]) -> str:
+    """What a manifest names as its own SHA-256: over all else that it says."""
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -129,6 +129,7 @@ def preflight(
         if newest is None:
             load_start(model, store)
     if newest is not None:
+        checkpoint.check_files(store, run_url(config), newest)
         check_resumable(
             newest,
             config,

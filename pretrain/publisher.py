@@ -28,6 +28,7 @@ from pretrain.checkpoint import (
     Manifest,
     checkpoints_url,
     complete_steps,
+    manifest_at,
     parts_url,
     read_manifest,
     to_json,
@@ -220,7 +221,8 @@ def collect_orphans(store: ObjectStore, run_url: str) -> int:
     removed = 0
     for name, entries in of_step.items():
         manifests = [entry for entry in entries if "/" not in entry and entry.endswith(".json")]
-        parts = {entry: _named_by(store, join(base, name, entry)) for entry in manifests}
+        # One that cannot be read is an error here: its parts would be taken for orphans.
+        parts = {entry: manifest_at(store, join(base, name, entry)).parts for entry in manifests}
         for below in _orphans(entries, parts):
             store.delete(join(base, name, below))
             removed += 1
@@ -237,17 +239,6 @@ def _orphans(entries: Sequence[str], parts_of: Mapping[str, str]) -> list[str]:
         if mark and parts not in (whole if is_state else parts_of.values()):
             orphans.append(entry)
     return orphans
-
-
-def _named_by(store: ObjectStore, url: str) -> str:
-    """The parts that a manifest names."""
-    try:
-        return str(json.loads(store.read(url))["parts"])
-    except (ValueError, KeyError, TypeError):
-        raise CheckpointError(
-            f"{url} cannot be read, so nobody knows which parts it names; nothing is removed. "
-            f"Delete it to give that checkpoint up."
-        ) from None
 
 
 def kept_steps(

@@ -80,7 +80,11 @@ def check_resumable(
     }
     different = [
         *settings.values(),
-        *_different("shard index", manifest.index_digest, index_digest),
+        *_different(
+            f"the shard index of {' and '.join(config.data.folders)}",
+            manifest.index_digest,
+            index_digest,
+        ),
         *_different("backbone", manifest.backbone_sha256, backbone_sha256),
         *_different("backbone's card", card_then, backbone_card_sha256),
     ]
@@ -101,8 +105,9 @@ def check_allowed(allow_change: Sequence[str]) -> None:
     for key in allow_change:
         if not _is_one_of(key, MAY_BE_ALLOWED):
             raise ValueError(
-                f"--allow-change {key}: a run with another value is another run, or it may change "
-                f"anyway. What can be allowed: {', '.join(MAY_BE_ALLOWED)}"
+                f"--allow-change {key} cannot be allowed: there is no such setting, or it may "
+                f"change anyway, or with another value it is another run. What can be allowed, "
+                f"with all below it: {', '.join(MAY_BE_ALLOWED)}"
             )
 
 

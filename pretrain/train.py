@@ -51,7 +51,13 @@ _log = logging.getLogger(__name__)
 
 
 class TrainingDivergedError(RuntimeError):
-    """The loss, or the gradient, is no longer a number."""
+    """The loss, the gradient, or a weight, is no longer a number."""
+
+
+_LOWER_THE_RATE = (
+    "Lower optimizer.learning_rate or set optimizer.clip_norm, and say that it is meant "
+    "(--allow-change optimizer)."
+)
 
 
 class Wish(StrEnum):
@@ -90,7 +96,7 @@ def run(
 
     Raises:
         CheckpointError: the run's folder holds checkpoints of another configuration.
-        TrainingDivergedError: the loss, or the gradient, is NaN or infinite.
+        TrainingDivergedError: the loss, the gradient or a weight is NaN or infinite.
         TooManyBadSamplesError: more samples cannot be used than `data.error_budget` allows.
     """
     # --- where: ranks, storage, plan ---------------------------------------------------------
@@ -166,6 +172,7 @@ def run(
                     saver.settle(metrics, wait=False)
                     wish = Wish(from_first_rank(asked()))
                     if plan.publishes_at(step) or wish is not Wish.GO_ON:
+                        _check_weights(engine, step, saver)
                         saver.publish(step, engine, ema, metrics, budget)
                 if report and step < plan.total_steps and wish is not Wish.STOP:
                     report(replace(progress, checkpoint_step=saver.newest_step))
@@ -227,6 +234,17 @@ def _check(progress: Progress, window: Window, budget: ErrorBudget, saver: Saver
         raise
 
 
+def _check_weights(engine: Engine, step: int, saver: Saver) -> None:
+    """Collective: a step may spoil the weights whose own loss and gradient were finite."""
+    own = [torch.aminmax(piece.weights) for piece in engine.pieces if piece.weights.numel()]
+    finite = all(math.isfinite(low) and math.isfinite(high) for low, high in own)
+    if not all(gather_from_ranks(finite)):
+        raise TrainingDivergedError(
+            f"the weights are no finite numbers after step {step}, so they are not published; the "
+            f"newest complete checkpoint is step {saver.newest_step}. {_LOWER_THE_RATE}"
+        )
+
+
 def _explain(window: Window, saver: Saver) -> str:
     """Collective: what came to no finite number first, where its samples are written, what to do.
 
@@ -242,8 +260,7 @@ def _explain(window: Window, saver: Saver) -> str:
         f"{first.what} is {value} at step {step}, first on rank {first.rank}; its samples, by "
         f"position and key, are in {saver.faults_url}; diti train RUN.YAML --replay {step} shows "
         f"the loss of each. The newest complete checkpoint is step {saver.newest_step}; if it is "
-        f"spoiled already, go further back with --from-step. Lower optimizer.learning_rate or set "
-        f"optimizer.clip_norm, and say that it is meant (--allow-change optimizer)."
+        f"spoiled already, go further back with --from-step. {_LOWER_THE_RATE}"
     )
 
 

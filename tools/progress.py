@@ -106,6 +106,10 @@ def say_encoder(encoder: TrainedEncoder) -> None:
 
 def say_start(found: Preflight) -> None:
     """Where a run goes on, and which settings are no longer what they were there."""
+    if found.resumes_at >= found.plan.total_steps:
+        console.print("nothing is left to be done", highlight=False)
+        return
+    console.print(f"starting {counted(found.plan.world_size, 'worker')}", highlight=False)
     if found.resumes_at:
         console.print(f"going on from step {found.resumes_at}", highlight=False)
     for change in found.changed:

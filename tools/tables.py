@@ -64,7 +64,11 @@ def print_outlook(outlook: Outlook) -> None:
         f"ZeRO {stage}" + (" (set)" if stage == outlook.zero_stage else "")
         for stage in outlook.memory
     ]
-    table = Table("part", *stages, title="at the fullest moment of a step each worker holds, MiB")
+    table = Table(
+        "part",
+        *stages,
+        title="MiB that each worker holds at each stage's own fullest moment of a step",
+    )
     parts = {part: None for held in outlook.memory.values() for part in held if held[part]}
     for part in parts:
         table.add_row(part, *(_mib(held[part]) for held in outlook.memory.values()))

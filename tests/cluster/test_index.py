@@ -240,3 +240,18 @@ def test_statistics_count_members_sizes_captions_scores_and_what_is_broken(
     page = (tmp_path / "page.html").read_text()
     assert page.count("data:image/png;base64,") == 6
     assert "image header cannot be read" in page
+
+
+def test_indexing_says_what_it_replaces_and_which_samples_have_no_image(
+    store: ObjectStore, s3_url: str
+):
+    store.write(join(s3_url, "0.tar"), tar_of([("a.jpg", jpeg(1)), ("b.2.final.jpg", jpeg(2))]))
+    first = diti("index", s3_url)
+    assert "without an image (jpg, jpeg, png, webp): 1 sample\n" in first.stdout
+    assert "it was" not in first.stdout
+    assert "it was" not in diti("index", s3_url).stdout, "nothing has changed"
+    store.write(join(s3_url, "0.tar"), tar_of([("a.jpg", jpeg(1))]))
+    again = diti("index", s3_url)
+    assert "it was 2 samples in 1 shard, index " in again.stdout
+    assert "cannot go on with this one" in again.stdout
+    assert "without an image" not in again.stdout

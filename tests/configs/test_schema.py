@@ -88,6 +88,11 @@ def test_every_section_is_frozen_and_refuses_unknown_keys(name: str):
     [
         ("DataConfig", "image_size_px", [0, -1, 64.0, "64", True, None]),
         ("DataConfig", "shards", ["", "s3://bucket", "http://host/x", "pipe:cat x"]),
+        ("DataConfig", "lanes", [0, 2**20 + 1, 10**20]),
+        ("DataConfig", "window_rows", [0, 10**20]),
+        ("CacheConfig", "folder", [""]),
+        ("CacheConfig", "limit_gib", [0, 1e300]),
+        ("TrainConfig", "total_images", [0, 10**24]),
         ("StoreConfig", "deadline_seconds", [0, -1.0, float("nan"), float("inf"), "60"]),
         ("BackboneConfig", "sha256", ["", "0" * 63, "G" * 64, "A" * 64]),
         ("UNetConfig", "dropout", [-0.1, 1.0, float("nan")]),

@@ -80,13 +80,12 @@ def test_a_sample_may_lack_a_member_and_a_member_may_be_empty():
     }
 
 
-def test_folders_and_links_are_no_samples():
+def test_folders_are_no_samples():
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for name, kind in (("d", tarfile.DIRTYPE), ("d/a.jpg", tarfile.SYMTYPE)):
-            info = tarfile.TarInfo(name)
-            info.type = kind
-            tar.addfile(info)
+        info = tarfile.TarInfo("d.jpg")
+        info.type = tarfile.DIRTYPE
+        tar.addfile(info)
         info = tarfile.TarInfo("d/b.jpg")
         info.size = 1
         tar.addfile(info, io.BytesIO(b"1"))
@@ -307,6 +306,18 @@ def test_sparse_members_are_refused(tmp_path: Path):
     subprocess.run(["tar", "-S", "-C", tmp_path, "-cf", tar, "a.jpg"], check=True)
     with pytest.raises(ShardMismatchError, match=r"member 'a\.jpg' is sparse"):
         scan_tar(tar.read_bytes(), "u")
+
+
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE])
+def test_links_are_refused(kind: bytes):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, linked in (("a.jpg", ""), ("b.jpg", "a.jpg")):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind if linked else tarfile.REGTYPE, linked
+            tar.addfile(info, io.BytesIO(b""))
+    with pytest.raises(ShardMismatchError, match=r"member 'b\.jpg' is a link to 'a\.jpg'"):
+        scan_tar(buffer.getvalue(), "u")
 
 
 def test_extensions_that_would_stand_for_something_else_in_a_sample_are_refused():

@@ -93,6 +93,14 @@ def test_the_same_run_gives_the_same_loss_and_weights_to_the_last_bit(runs: TwoR
         assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
+def test_a_run_that_is_done_starts_no_worker(runs: TwoRuns, tmp_path: Path) -> None:
+    reports: list[Mapping[int, Progress]] = []
+    manifest = launch_training(runs.killed, local_dir=tmp_path, on_progress=reports.append)
+    assert manifest == newest(runs, runs.killed)
+    assert not reports
+    assert not list(tmp_path.iterdir()), "Ray Train writes here as soon as it runs"
+
+
 def test_the_loss_falls(runs: TwoRuns) -> None:
     manifest = newest(runs, runs.undisturbed)
     losses = [

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from configs.loading import parse_run
 from configs.schema import RunConfig
 from data_pipelines.object_store import (
+    Content,
     ObjectInfo,
     ObjectMissingError,
     ObjectStore,
@@ -28,6 +30,7 @@ from tests.tiny_run import RUN
 STORE = ObjectStore()
 ALONE = World(0, 1, torch.device("cpu"))
 WEIGHTS = bytes(range(256)) * 4
+ABSENT = object()
 
 
 pytestmark = pytest.mark.usefixtures("world")
@@ -215,7 +218,33 @@ def test_a_damaged_or_missing_part_is_named_with_the_remedy(
     with pytest.raises(CheckpointError) as error:
         list(checkpoint.read_pieces(STORE, run.url, manifest, "weights"))
     assert str(error.value).startswith(f"{path} {what}")
-    assert "use an older checkpoint" in str(error.value)
+    assert "restore it: there is no older complete checkpoint" in str(error.value)
+    with pytest.raises(checkpoint.DamagedError):
+        checkpoint.read_file(STORE, run.url, manifest, "weights/00000.safetensors")
+    if damage is not flip_a_byte:  # which only reading tells
+        with pytest.raises(checkpoint.DamagedError, match=f"{path} (is missing|has 1023 bytes), "):
+            checkpoint.check_files(STORE, run.url, manifest)
+
+
+def test_the_next_older_complete_checkpoint_is_offered(run: Run):
+    run.publish(0)
+    run.publish(2, parent=0)
+    manifest = run.publish(4, parent=2)
+    checkpoint.check_files(STORE, run.url, manifest)
+    run.path(manifest, "weights/00000.safetensors").unlink()
+    with pytest.raises(checkpoint.DamagedError, match=r"older complete one: --from-step 2$"):
+        checkpoint.check_files(STORE, run.url, manifest)
+
+
+def edited(**fields: object) -> Callable[[str], str]:
+    """A manifest that says something else, and has the digest of what it says."""
+
+    def edit(text: str) -> str:
+        plain = {k: v for k, v in (json.loads(text) | fields).items() if v is not ABSENT}
+        del plain["sha256"]
+        return json.dumps(plain | {"sha256": checkpoint.digest_of(plain)})
+
+    return edit
 
 
 @pytest.mark.parametrize(
@@ -224,21 +253,25 @@ def test_a_damaged_or_missing_part_is_named_with_the_remedy(
         lambda text: text[: len(text) // 2],
         lambda text: "",
         lambda text: "[1]",
-        lambda text: json.dumps(json.loads(text) | {"files": {"a": 3}}),
-        lambda text: json.dumps({k: v for k, v in json.loads(text).items() if k != "parts"}),
-        lambda text: json.dumps(json.loads(text) | {"invented_later": 1}),
-        lambda text: json.dumps(json.loads(text) | {"format_version": 1}),
-        lambda text: json.dumps(json.loads(text) | {"parent": "step-00000002"}),
-        lambda text: json.dumps(json.loads(text) | {"parent": 3}),
-        lambda text: json.dumps(json.loads(text) | {"step": "2"}),
-        lambda text: json.dumps(json.loads(text) | {"step": 7}),
-        lambda text: json.dumps(json.loads(text) | {"step": -2}),
-        lambda text: json.dumps(json.loads(text) | {"parts": 5}),
+        lambda text: json.dumps(json.loads(text) | {"counters": {"updates": 90.0}}),
+        lambda text: text.replace('"parts": "parts', '"parts": "qarts'),
+        edited(files={"a": 3}),
+        edited(parts=ABSENT),
+        edited(invented_later=1),
+        edited(format_version=1),
+        edited(parent="step-00000002"),
+        edited(parent=3),
+        edited(step="2"),
+        edited(step=7),
+        edited(step=-2),
+        edited(parts=5),
     ],
     ids=[
         "half",
         "empty",
         "list",
+        "another number",
+        "one other character",
         "files",
         "without parts",
         "unknown field",
@@ -263,6 +296,53 @@ def test_a_manifest_that_cannot_be_read_is_named_with_the_remedy(
     assert str(path) in str(error.value)
     path.unlink()
     assert checkpoint.find(STORE, run.url, None).step == 0
+
+
+class DyingStore(ObjectStore):
+    """Goes away for good after so many changes."""
+
+    changes: int
+
+    def write(self, url: str, data: Content, *, only_if_absent: bool = False) -> ObjectInfo:
+        self._change(url)
+        return super().write(url, data, only_if_absent=only_if_absent)
+
+    def delete(self, url: str) -> None:
+        self._change(url)
+        super().delete(url)
+
+    def _change(self, url: str) -> None:
+        if not self.changes:
+            raise StoreError(f"{url} cannot be changed any more")
+        self.changes -= 1
+
+
+@pytest.mark.parametrize("changes", range(7))
+def test_whoever_dies_while_going_back_leaves_no_hole(run: Run, changes: int):
+    for step in (0, 2, 4, 6):
+        run.publish(step, parent=step - 2 if step else None)
+    store = DyingStore()
+    store.changes = changes
+    with suppress(StoreError):
+        checkpoint.go_back(store, run.url, 0)
+    left = checkpoint.complete_steps(STORE, run.url)
+    assert left == [0, 2, 4, 6][: 4 - changes // 2]
+    checkpoint.go_back(STORE, run.url, 0)
+    assert checkpoint.complete_steps(STORE, run.url) == [0]
+
+
+@pytest.mark.parametrize("changes", range(12))
+def test_whoever_dies_while_publishing_and_thinning_out_leaves_the_lineage(run: Run, changes: int):
+    run.publish(0)
+    run.publish(2, 0, progress(0, 1))
+    run.publish(4, 2, progress(2, 3))
+    store = DyingStore()
+    store.changes = changes
+    with suppress(StoreError, CheckpointError):
+        run.publish(6, 4, progress(4, 5), store=store, keep_last=1)
+    manifest = checkpoint.find(STORE, run.url, None)
+    trained_on = checkpoint.read_samples(STORE, run.url, manifest)
+    assert trained_on == [(n, f"key{n}") for n in range(manifest.step)]
 
 
 # --- what a checkpoint was trained on -------------------------------------------------------------
@@ -402,8 +482,8 @@ def test_every_setting_that_differs_is_listed_with_both_values(manifest: Manifes
         "optimizer.clip_norm was 1.0, is None",
         "optimizer.learning_rate was 0.001, is 0.002",
         "seed was 0, is 3",
-        f"shard index was '{'i' * 64}', is '{'j' * 64}'",
         "task.encoder.channels was [32, 32, 32], is [32, 32, 64]",
+        f"the shard index of {config.data.shards} was '{'i' * 64}', is '{'j' * 64}'",
     ]
 
 
@@ -469,7 +549,7 @@ def test_a_setting_that_changes_what_is_learnt_may_differ_when_it_is_allowed(man
 
 @pytest.mark.parametrize("key", ["seed", "task.encoder", "train.global_batch", "task", "nonsense"])
 def test_what_would_make_it_another_run_cannot_be_allowed(manifest: Manifest, key: str):
-    with pytest.raises(ValueError, match=rf"--allow-change {key}: .*optimizer"):
+    with pytest.raises(ValueError, match=rf"--allow-change {key} cannot be .*optimizer"):
         resume(manifest, make_config(), allow_change=(key,))
 
 
@@ -591,6 +671,10 @@ def test_going_back_sets_later_checkpoints_aside_and_keeps_their_files(run: Run)
 
 def test_a_damaged_manifest_stops_the_collection_before_anything_is_lost(run: Run):
     run.publish(2)
-    run.manifest_path(2).write_text("{")
-    with pytest.raises(CheckpointError, match="nothing is removed"):
-        collect_orphans(STORE, run.url)
+    whole = run.manifest_path(2).read_text()
+    there = [info.url for info in STORE.list(run.url)]
+    for damaged in ("{", whole.replace('"parts": "parts', '"parts": "qarts')):
+        run.manifest_path(2).write_text(damaged)
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            collect_orphans(STORE, run.url)
+        assert [info.url for info in STORE.list(run.url)] == there

@@ -494,6 +494,18 @@ def test_a_run_whose_loss_is_no_number_stops_and_keeps_the_samples_of_that_step(
     assert [sample.key for sample in again.samples] == fault["keys"]
 
 
+def test_weights_that_the_last_step_spoiled_are_not_published(tmp_path: Path):
+    spoiled = (
+        "optimizer.learning_rate=1e38",
+        "optimizer.weight_decay=10",
+        "optimizer.warmup_images=0",
+    )
+    config = make_run(STORE, str(tmp_path), "train.total_images=32", *spoiled)
+    with pytest.raises(TrainingDivergedError, match=r"no finite numbers after step 1, so they are"):
+        run(config, local_dir=tmp_path)
+    assert checkpoint.complete_steps(STORE, run_url(config)) == [0]
+
+
 def test_a_step_that_is_replayed_has_the_loss_and_the_samples_of_the_run(tmp_path: Path):
     config = make_run(STORE, str(tmp_path), *SHORT, "train.max_micro_batch=4")
     manifest = run(config, local_dir=tmp_path)

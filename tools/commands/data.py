@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tools.commands.options import check_out_file
+from tools.commands.options import check_out_file, not_empty
 from tools.commands.outcome import clear_errors
 from tools.tables import counted, print_set_stats
 
@@ -71,17 +71,25 @@ def make(
         typer.echo(f"{size_of(index)} at {out}, index {index.digest[:12]}")
 
 
+ShardSet = Annotated[
+    str, typer.Argument(callback=not_empty, help="Folder of a shard set with its index.")
+]
 Workers = Annotated[int, typer.Option(min=1, help="Ray actors, one core each.")]
 
 
 @app.command()
 def index(
-    url: Annotated[str, typer.Argument(help="Folder of tars: s3://bucket/prefix or a path.")],
+    url: Annotated[
+        str,
+        typer.Argument(callback=not_empty, help="Folder of tars: s3://bucket/prefix or a path."),
+    ],
     workers: Workers = CORES,
 ) -> None:
     """Index tars that are there already, so that they can be trained on. Run it again to go on.
 
-    Reads every tar once. Damaged ones are named and left out; then the exit code is 1.
+    Reads every tar of the folder and its sub-folders once, but decodes no image. Damaged ones are
+    named and left out; then the exit code is 1. A sample is the members whose names agree up to the
+    first dot.
 
     Example: diti data index s3://bucket/laion-shards
     """
@@ -90,11 +98,19 @@ def index(
         from data_pipelines.object_store import ObjectStore
         from tools.progress import shard_bar
 
+        store = ObjectStore()
+        before = index_before(store, url)
         with shard_bar("indexing") as show:
-            found, tars = index_set(ObjectStore(), url, num_workers=workers, on_progress=show)
-        interleaved = sum(tar.num_interleaved for tar in tars.values())
+            found, tars = index_set(store, url, num_workers=workers, on_progress=show)
         typer.echo(f"{size_of(found)} at {url}, index {found.digest[:12]}")
-        say_interleaved(interleaved)
+        if before is not None and before.digest != found.digest:
+            typer.echo(
+                f"it was {size_of(before)}, index {before.digest[:12]}: runs that began with that "
+                f"one cannot go on with this one"
+            )
+        say_interleaved(sum(tar.num_interleaved for tar in tars.values()))
+        if without := sum(tar.num_without_image for tar in tars.values()):
+            typer.echo(f"without an image (jpg, jpeg, png, webp): {counted(without, 'sample')}")
         report_problems([tar.problem for tar in tars.values() if tar.problem], "left out")
 
 
@@ -104,7 +120,7 @@ _LISTED = "every tar is there, with the size and version that were indexed (--de
 
 @app.command()
 def verify(
-    url: Annotated[str, typer.Argument(help="Folder of a shard set with its index.")],
+    url: ShardSet,
     deep: Annotated[
         bool, typer.Option("--deep", help="Read every byte of every tar, and decode every image.")
     ] = False,
@@ -136,7 +152,7 @@ def verify(
 
 @app.command()
 def stats(
-    url: Annotated[str, typer.Argument(help="Folder of a shard set with its index.")],
+    url: ShardSet,
     out: Annotated[Path | None, typer.Option(help="HTML page to write, with plots.")] = None,
     workers: Workers = CORES,
 ) -> None:
@@ -190,6 +206,18 @@ def repair(
                 err=True,
             )
             raise typer.Exit(1)
+
+
+def index_before(store: Any, url: str) -> Any:
+    """The index that is there already and will be replaced, if it can be read."""
+    from data_pipelines.object_store import ObjectMissingError
+    from data_pipelines.shard_index import read_index
+    from data_pipelines.tar_members import ShardMismatchError
+
+    try:
+        return read_index(store, url)
+    except (ObjectMissingError, ShardMismatchError):
+        return None
 
 
 def size_of(index: Any) -> str:

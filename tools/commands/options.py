@@ -30,6 +30,13 @@ Untrained = Annotated[
 ]
 
 
+def not_empty(url: str) -> str:
+    """An unset shell variable would stand for the working directory."""
+    if not url.strip():
+        raise typer.BadParameter("is empty; is a variable unset? A dot is this folder")
+    return url
+
+
 def check_out_file(out: Path) -> None:
     if not out.parent.is_dir() or out.is_dir():
         raise ValueError(

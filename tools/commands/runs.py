@@ -94,6 +94,8 @@ def train(
             changes.append(f"task.start_from={json.dumps(absolute(checkpoint))}")
         config = load_run(run_file, tuple(changes))
         if replay is not None:
+            if from_step is not None:
+                raise ValueError("--replay goes back by itself; leave --from-step out")
             from cluster.launch import with_absolute_paths
             from pretrain.replay import replay as take_again
             from tools.tables import print_replay
@@ -106,6 +108,11 @@ def train(
 
         manifest = launch(config, local_dir, from_step, tuple(allow_change or ()))
         typer.echo(f"{run_url(config)}: {manifest.images} images, {manifest.name} complete")
+        if causes := manifest.bad_samples:
+            typer.echo(
+                f"{counted(sum(causes.values()), 'sample')} could not be used and had substitutes: "
+                f"see {run_url(config)}/dead-letters, or `diti data repair` once they are mended"
+            )
 
 
 def plan(
