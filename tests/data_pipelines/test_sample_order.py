@@ -230,3 +230,19 @@ def test_an_epoch_of_laion_5b_is_planned_in_seconds_and_little_memory():
     tracemalloc.stop()
     assert seconds < 10
     assert peak < 100e6
+
+
+def test_memory_does_not_grow_with_the_epochs():
+    order = SampleOrder(np.full(20_000, 10), seed=0, lanes=8, window_rows=4)
+
+    def held_after(epochs: range) -> int:
+        for epoch in epochs:
+            order.locate(epoch * order.samples_per_epoch)
+        return tracemalloc.get_traced_memory()[0]
+
+    tracemalloc.start()
+    try:
+        few, many = held_after(range(3)), held_after(range(3, 12))
+    finally:
+        tracemalloc.stop()
+    assert many < 1.2 * few
