@@ -8,11 +8,12 @@ by `pretrain.preflight` and `pretrain.run_plan` before a run starts.
 from collections.abc import Callable
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from configs.task import DenoiserTask, DitiTask, ResNet10Config
 from configs.values import (
     Amount,
+    Endpoint,
     Fraction,
     Name,
     NonNegativeInt,
@@ -21,14 +22,13 @@ from configs.values import (
     Section,
     SourceName,
     Url,
-    without_credentials,
 )
 
 
 class StoreConfig(Section):
     """How object storage is reached. Credentials come from the AWS_* environment only."""
 
-    endpoint_url: Annotated[str, AfterValidator(without_credentials)] | None = None
+    endpoint_url: Endpoint | None = None
     """S3 endpoint; null means AWS_ENDPOINT_URL, or AWS itself where that is unset."""
     deadline_seconds: PositiveFloat = 60.0
     """A request is retried for this long before the run stops with one error."""

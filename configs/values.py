@@ -25,6 +25,16 @@ def without_credentials(url: str) -> str:
     return url
 
 
+def plain_endpoint(url: str) -> str:
+    """An endpoint is told in messages, so it holds nothing but a place. Its value is not shown."""
+    if not re.fullmatch(r"https?://[^/@?#\s]+(/[^@?#\s]*)?", url):
+        raise ValueError(
+            "must be http://HOST:PORT or https://HOST, without a query; the AWS_* variables hold "
+            "the credentials"
+        )
+    return url
+
+
 def matching(pattern: str, rule: str) -> AfterValidator:
     """Text of a form that a person is told in words, not as a pattern."""
 
@@ -58,6 +68,7 @@ Sha256 = Annotated[
         "must be 64 hexadecimal digits in lower case, as `sha256sum FILE` prints them",
     ),
 ]
+Endpoint = Annotated[str, AfterValidator(without_credentials), AfterValidator(plain_endpoint)]
 Url = Annotated[
     str,
     AfterValidator(without_credentials),

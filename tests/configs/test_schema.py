@@ -93,6 +93,7 @@ def test_every_section_is_frozen_and_refuses_unknown_keys(name: str):
         ("CacheConfig", "folder", [""]),
         ("CacheConfig", "limit_gib", [0, 1e300]),
         ("TrainConfig", "total_images", [0, 10**24]),
+        ("StoreConfig", "endpoint_url", ["", "host:9000", "u:secret@h:1", "https://h/?token=x"]),
         ("StoreConfig", "deadline_seconds", [0, -1.0, float("nan"), float("inf"), "60"]),
         ("BackboneConfig", "sha256", ["", "0" * 63, "G" * 64, "A" * 64]),
         ("UNetConfig", "dropout", [-0.1, 1.0, float("nan")]),
