@@ -197,6 +197,19 @@ def test_going_back_is_refused_before_a_later_checkpoint_is_set_aside(tmp_path: 
 # --- what a run says about itself -----------------------------------------------------------------
 
 
+def test_a_checkpoint_that_lost_a_file_is_refused_before_the_start_and_the_one_before_is_offered(
+    tmp_path: Path,
+):
+    config = make_run(STORE, str(tmp_path), *SHORT)
+    manifest = run(config, local_dir=tmp_path)
+    STORE.delete(join(checkpoint.parts_url(run_url(config), manifest), "exp_avg/00000.safetensors"))
+    with pytest.raises(checkpoint.DamagedError, match=r"is missing, .* --from-step 2$"):
+        preflight(config, 1)
+    assert preflight(config, 1, from_step=2).resumes_at == 2
+    checkpoint.go_back(STORE, run_url(config), 2)
+    assert run(config, local_dir=tmp_path).step == 4
+
+
 def test_progress_and_metrics_tell_the_most_memory_so_far(tmp_path: Path, world: World):
     reports: list[Progress] = []
     config = make_run(STORE, str(tmp_path), *SHORT)
