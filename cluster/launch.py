@@ -73,7 +73,8 @@ def launch_training(
         from_step: go back to this complete checkpoint; later ones are superseded.
         allow_change: settings that may differ from those of the checkpoint, see
             `pretrain.resumable`.
-        on_start: called once nothing is left to be refused, with what the checks found.
+        on_start: called once nothing is left to be refused but what only Ray knows, with what the
+            checks found.
         on_progress: called about every second, from another thread, with each rank's progress.
 
     Raises:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -177,9 +176,7 @@ def test_the_encoder_of_a_run_comes_with_or_without_averaging(tmp_path: Path) ->
         counters={},
         files={n: (len(d), hashlib.sha256(d).hexdigest()) for n, d in files.items()},
     )
-    STORE.write(
-        join(run, "checkpoints/step-00000003/COMPLETE.json"), json.dumps(asdict(manifest)).encode()
-    )
+    STORE.write(join(run, "checkpoints/step-00000003/COMPLETE.json"), checkpoint.to_json(manifest))
     for ema, name in ((True, "ema"), (False, "weights")):
         trained = load_encoder(STORE, run, ema=ema)
         first = trained.encoder.state_dict()["encoder.0.weight"]

@@ -124,7 +124,12 @@ def test_credentials_in_a_url_are_refused_and_not_shown(tmp_path, run) -> None:
 
 
 def test_gpus_that_this_machine_lacks_are_refused(tmp_path, run) -> None:
-    refused(train(tmp_path, run, "cluster.use_gpu=true"), "GPUs", "cluster.use_gpu=false")
+    result = train(tmp_path, run, "cluster.use_gpu=true")
+    assert result.exit_code == 2
+    starting, said = result.stderr.splitlines()
+    assert starting == "starting 2 workers", "only Ray knows what GPUs there are"
+    assert "wants 2 GPUs" in said
+    assert "cluster.use_gpu=false" in said
 
 
 def test_a_backbone_is_not_trained_by_a_run_of_another_kind_or_into_nowhere(tmp_path, run) -> None:
