@@ -4,6 +4,7 @@ Each fault prints what it cost (`pytest -rP` shows it): seconds from the harm un
 that had not been done before, and images that were computed twice.
 """
 
+import math
 import os
 import signal
 import threading
@@ -43,7 +44,8 @@ class Watcher:
     def __init__(self, harm: Callable[[Ranks], None]) -> None:
         self.harm = harm
         self.pids: set[int] = set()
-        self.harmed_at = self.resumed_at = 0
+        self.harmed_at = self.resumed_at = self.furthest = 0
+        """Steps: at the harm, where new workers went on from, how far the old ones came."""
         self.seconds = float("nan")
         self._when = 0.0
 
@@ -53,16 +55,22 @@ class Watcher:
         pids = {rank.pid for rank in ranks.values()}
         if not self.harmed_at:
             if len(ranks) == 2 and newest >= CHECKPOINT_STEPS and step >= newest + 5:
-                self.harmed_at, self._when, self.pids = step, time.monotonic(), pids
+                self.harmed_at = self.furthest = step
+                self._when, self.pids = time.monotonic(), pids
                 self.harm(ranks)
-        elif not pids & self.pids and not self.resumed_at:
-            self.resumed_at = newest
-        elif step > self.harmed_at and self.seconds != self.seconds:
-            self.seconds = time.monotonic() - self._when
+        elif pids & self.pids:
+            self.furthest = max(self.furthest, step)
+            if step > self.harmed_at and math.isnan(self.seconds):
+                self.seconds = time.monotonic() - self._when
+        else:
+            if not self.resumed_at:
+                self.resumed_at, self.seconds = newest, float("nan")
+            if step > self.furthest and math.isnan(self.seconds):
+                self.seconds = time.monotonic() - self._when
 
     @property
     def images_twice(self) -> int:
-        return 32 * (self.harmed_at - self.resumed_at) if self.resumed_at else 0
+        return 32 * (self.furthest - self.resumed_at) if self.resumed_at else 0
 
 
 @pytest.fixture(scope="module")
