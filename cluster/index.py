@@ -96,13 +96,14 @@ def verify_set(
     index = index.moved(absolute)
     listing = store.list(index.url)
     changed = changed_shards(store, index, listing)
-    problems = _repeated(index) | _unindexed(index, listing) | _without_members(index, listing)
+    unindexed = _unindexed(index, listing)
+    problems = _repeated(index) | unindexed | _without_members(index, listing)  # gravest last
     problems |= {shard.name: problem for shard, problem in changed.items()}
     interleaved = 0
     if deep:
         there = {info.url for info in listing}
         readable = (shard for shard in index.shards if {shard.url, shard.members_url} <= there)
-        names = [shard.name for shard in readable] + sorted(_unindexed(index, listing))
+        names = [shard.name for shard in readable] + sorted(unindexed)
         task = partial(_verify_one, {shard.name: shard for shard in index.shards})
         found = on_every_tar(store, index.url, names, num_workers, task, on_progress)
         problems |= {name: problem for name, (problem, _) in found.items() if problem}

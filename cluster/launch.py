@@ -89,7 +89,7 @@ def launch_training(
         checkpoint.go_back(store, run_url(config), from_step)
     collect_orphans(store, run_url(config))
     on_start(found)
-    if found.resumes_at >= found.plan.total_steps:
+    if found.is_done:
         return checkpoint.find(store, run_url(config), None)
     cluster = config.cluster
     with ray_session(
@@ -302,7 +302,9 @@ def _explain(config: RunConfig, error: Exception, stalls: Sequence[str]) -> str:
     """One line: what failed first on which rank, and where the run can go on from."""
     failures = getattr(error, "worker_failures", {})
     causes = [f"rank {rank}: {last_line(cause)}" for rank, cause in sorted(failures.items())]
-    causes = [*stalls, *causes]
+    reason = ("; ".join([*stalls, *causes]) or last_line(error)).rstrip(".")
+    if any(isinstance(cause, checkpoint.DamagedError) for cause in failures.values()):
+        return f"run {config.name!r} failed: {reason}."  # which says where to go on from
     try:
         newest = checkpoint.newest(open_store(config), run_url(config))
         kept = f"step {newest.step}" if newest else ""
@@ -313,7 +315,4 @@ def _explain(config: RunConfig, error: Exception, stalls: Sequence[str]) -> str:
         if kept
         else "No checkpoint is complete yet: mend the cause, and run the same command again."
     )
-    reason = ("; ".join(causes) or last_line(error)).rstrip(".")
-    if any(isinstance(cause, checkpoint.DamagedError) for cause in failures.values()):
-        return f"run {config.name!r} failed: {reason}."
     return f"run {config.name!r} failed: {reason}. {goes_on}"

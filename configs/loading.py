@@ -9,7 +9,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
@@ -132,9 +132,13 @@ def dump_run(config: RunConfig) -> str:
 
 
 def digest(config: RunConfig) -> str:
-    """SHA-256 over the canonical JSON of a run: equal digests mean equal runs."""
-    canonical = json.dumps(config.model_dump(mode="json"), sort_keys=True)
-    return hashlib.sha256(canonical.encode()).hexdigest()
+    """Of a run: equal digests mean equal runs."""
+    return digest_of_json(config.model_dump(mode="json"))
+
+
+def digest_of_json(value: Mapping[str, Any]) -> str:
+    """SHA-256 over its JSON, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _parse_mapping(text: str, source: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ check what arrives, so a tar that was cut, replaced or removed is a named error,
 
 import hashlib
 import io
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -372,11 +373,12 @@ def shards_changed(index: ShardIndex, changed: Mapping[Shard, str]) -> ShardMism
         f"{shard.name if one_folder else shard.url} {problem}" for shard, problem in changed.items()
     ]
     more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
-    share = sum(shard.num_samples for shard in changed) / index.num_samples
+    lost = sum(shard.num_samples for shard in changed)
+    share = math.ceil(1000 * lost / index.num_samples) / 1000  # rounded down, it would not do
     return ShardMismatchError(
         f"shards at {index.url} do not match their index: {'; '.join(problems[:10])}{more}. "
         f"Restore them; or index the set again with `diti data index`, for new runs; or have a run "
-        f"replace their samples (data.error_budget of at least {share:.3g})."
+        f"replace their samples (data.error_budget of at least {share:g})."
     )
 
 

@@ -19,6 +19,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
+from configs.loading import digest_of_json
 from configs.task import BackboneConfig, ScheduleConfig, UNetConfig
 from data_pipelines.object_store import ObjectMissingError, ObjectStore
 from pretrain.noise_schedule import Prediction
@@ -47,7 +48,7 @@ class Backbone:
     def card_sha256(self) -> str:
         """Over what the card says: weights alone do not tell what they compute."""
         card = _card_of(self.unet.config, self.prediction, self.schedule, self.image_size_px)
-        return hashlib.sha256(json.dumps(card, sort_keys=True).encode()).hexdigest()
+        return digest_of_json(card)
 
 
 def load_backbone(store: ObjectStore, config: BackboneConfig) -> Backbone:

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
-from configs.loading import problems_of
+from configs.loading import digest_of_json, problems_of
 from configs.schema import RunConfig
 from data_pipelines.object_store import ObjectMissingError, ObjectStore, join
 from pretrain.pieces import PiecesError, assemble
@@ -51,8 +51,8 @@ class DamagedError(CheckpointError):
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What COMPLETE.json says, beside its own SHA-256. `files` maps names below the parts to
-    (bytes, SHA-256)."""
+    """What COMPLETE.json says, beside the SHA-256 over all of that. `files` maps names below the
+    parts to (bytes, SHA-256)."""
 
     step: Annotated[int, Field(ge=0)]
     images: int
@@ -138,7 +138,7 @@ def manifest_at(store: ObjectStore, where: str) -> Manifest:
         version = said.get("format_version")
         if version != FORMAT_VERSION:
             raise ValueError(f"format {version}, this code reads {FORMAT_VERSION}")
-        if said.pop("sha256", None) != digest_of(said):
+        if said.pop("sha256", None) != digest_of_json(said):
             raise ValueError("its SHA-256 is not the one that it names: it was damaged or edited")
         manifest = _MANIFEST.validate_json(json.dumps(said), strict=True)
         if manifest.name != where.split("/")[-2]:
@@ -350,11 +350,5 @@ def to_json(value: Mapping[str, Any] | Manifest | Sequence[Any]) -> bytes:
     """How manifests and listings are written; a manifest with a digest of itself."""
     if isinstance(value, Manifest):
         plain = asdict(value)
-        value = plain | {"sha256": digest_of(plain)}
+        value = plain | {"sha256": digest_of_json(plain)}
     return (json.dumps(value, indent=1) + "\n").encode()
-
-
-def digest_of(plain: Mapping[str, Any]) -> str:
-    """What a manifest names as its own SHA-256: over all else that it says."""
-    text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()

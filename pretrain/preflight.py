@@ -45,6 +45,11 @@ class Preflight:
     changed: tuple[str, ...]
     """Settings that are no longer what they were at that checkpoint, and may be."""
 
+    @property
+    def is_done(self) -> bool:
+        """Nothing is left to be trained."""
+        return self.resumes_at >= self.plan.total_steps
+
 
 def open_store(config: RunConfig) -> ObjectStore:
     """The object store as the run's configuration describes it."""

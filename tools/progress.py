@@ -106,7 +106,7 @@ def say_encoder(encoder: TrainedEncoder) -> None:
 
 def say_start(found: Preflight) -> None:
     """Where a run goes on, and which settings are no longer what they were there."""
-    if found.resumes_at >= found.plan.total_steps:
+    if found.is_done:
         console.print("nothing is left to be done", highlight=False)
         return
     console.print(f"starting {counted(found.plan.world_size, 'worker')}", highlight=False)

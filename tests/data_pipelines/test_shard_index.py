@@ -147,6 +147,12 @@ def test_every_missing_and_every_cut_shard_is_named(index: ShardIndex):
     )
 
 
+def test_the_budget_that_is_told_has_room_for_what_is_lost(index: ShardIndex):
+    Path(index.url, "1.tar").unlink()  # a third of the samples
+    with pytest.raises(ShardMismatchError, match=r"of at least 0\.334\)\.$"):
+        verify_listing(STORE, index)
+
+
 def test_a_backup_in_a_folder_below_does_not_stand_in_for_a_missing_shard(index: ShardIndex):
     STORE.write(join(index.url, "old", "1.tar"), Path(index.url, "1.tar").read_bytes())
     verify_listing(STORE, index)

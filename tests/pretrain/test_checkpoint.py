@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from configs.loading import parse_run
+from configs.loading import digest_of_json, parse_run
 from configs.schema import RunConfig
 from data_pipelines.object_store import (
     Content,
@@ -242,7 +242,7 @@ def edited(**fields: object) -> Callable[[str], str]:
     def edit(text: str) -> str:
         plain = {k: v for k, v in (json.loads(text) | fields).items() if v is not ABSENT}
         del plain["sha256"]
-        return json.dumps(plain | {"sha256": checkpoint.digest_of(plain)})
+        return json.dumps(plain | {"sha256": digest_of_json(plain)})
 
     return edit
 

@@ -96,6 +96,7 @@ def index(
     with clear_errors(goes_on=True):
         from cluster.index import index_set
         from data_pipelines.object_store import ObjectStore
+        from data_pipelines.sample_images import IMAGE_EXTENSIONS
         from tools.progress import shard_bar
 
         store = ObjectStore()
@@ -110,7 +111,8 @@ def index(
             )
         say_interleaved(sum(tar.num_interleaved for tar in tars.values()))
         if without := sum(tar.num_without_image for tar in tars.values()):
-            typer.echo(f"without an image (jpg, jpeg, png, webp): {counted(without, 'sample')}")
+            none_of = ", ".join(IMAGE_EXTENSIONS)
+            typer.echo(f"without an image ({none_of}): {counted(without, 'sample')}")
         report_problems([tar.problem for tar in tars.values() if tar.problem], "left out")
 
 
