@@ -1,15 +1,20 @@
 """Features of every image of a shard set, computed on Ray: one Parquet part per shard.
 
-Workers lease shards from the coordinator, read them straight from storage and publish their parts
-there. A part appears whole or not at all, so an export that was stopped goes on where it was; the
-manifest is written last.
+    intent      which encoder, shards, columns and dtype a folder is for; written first
+    parts       workers lease shards, read them straight from storage, and publish a part each
+    commits     beside a part, once it is whole: this shard is done, and what its part holds
+    manifest    the sum of the commits, written last
+
+A part appears whole or not at all and is never written twice, so an export that was stopped goes
+on where it was, and ends in the same bytes as one that was not.
 """
 
-import hashlib
 import json
 import uuid
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,21 +22,32 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from numpy.typing import NDArray
 from ray.exceptions import RayError
 
 from cluster.coordinator import Work, start_coordinator
 from cluster.leases import QueueState
 from cluster.session import last_line, ray_session, result_of
 from cluster.work import run_workers, work_off
+from data_pipelines.bad_samples import ranked_causes
 from data_pipelines.feature_part import (
-    FeatureColumn,
+    CopiedKind,
+    Dtype,
+    FeatureLayout,
     FeatureMismatchError,
-    PartInfo,
-    encode_part,
-    part_moments,
+    PartOrigin,
+    PartSummary,
+    open_part,
+    select_columns,
+    summary_of,
 )
-from data_pipelines.feature_store import FeatureManifest, part_name, publish_manifest
+from data_pipelines.feature_store import (
+    COMMITS,
+    FeatureManifest,
+    layout_from_json,
+    part_name,
+    parts_listed,
+    publish_manifest,
+)
 from data_pipelines.object_store import (
     AlreadyExistsError,
     BucketMissingError,
@@ -41,16 +57,31 @@ from data_pipelines.object_store import (
     absolute,
     join,
 )
-from data_pipelines.sample_images import decode_sample
-from data_pipelines.sample_reader import read_shard
 from data_pipelines.shard_index import Shard, ShardIndex, read_index, verify_listing
 from pretrain.published import ConfigSource
+from pretrain.shard_features import (
+    EncoderOnDevice,
+    Precision,
+    columns_of,
+    encode_shard,
+    measured_scales,
+)
 from pretrain.trained import TrainedEncoder, load_encoder, load_published_encoder
 
-IMAGES_PER_FORWARD = 256
-DECODE_THREADS = 2
+CPU_LANES = 2
+"""Shards that a worker has in hand: one computes while the other is read or written."""
+GPU_LANES = 8
+"""On a GPU each of them also decodes, on a core of its own."""
 INTENT_NAME = "export.json"
-_INTENT_SAYS = {"encoder_sha256": "encoder", "index_digest": "shard set"}
+_COMMIT_THREADS = 16
+_INTENT_SAYS = {
+    "encoder_sha256": "encoder",
+    "index_digest": "shard set",
+    "columns": "range of time-steps",
+    "dtype": "dtype",
+    "copied": "choice of copied columns",
+    "precision": "precision",
+}
 
 EncoderLoader = Callable[..., TrainedEncoder]
 """Takes `store=`; all else about the encoder is bound, so that it can be sent to workers."""
@@ -58,6 +89,42 @@ EncoderLoader = Callable[..., TrainedEncoder]
 
 class ExportFailedError(RuntimeError):
     """Some shards could not be exported; the finished parts are kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """What all workers of an export have in common."""
+
+    out_url: str
+    source: str
+    """Folder of the parts."""
+    encoder_sha256: str
+    checkpoint: str
+    index_digest: str
+    precision: Precision
+    layout: FeatureLayout
+
+    def part_name(self, shard: Shard) -> str:
+        return part_name(self.source, _stem(shard))
+
+    def part_url(self, shard: Shard) -> str:
+        return join(self.out_url, self.part_name(shard))
+
+    @property
+    def commits_url(self) -> str:
+        return join(self.out_url, COMMITS, self.source)
+
+    def commit_url(self, shard: Shard) -> str:
+        return join(self.commits_url, f"{_stem(shard)}.json")
+
+    def origin(self, shard: Shard) -> PartOrigin:
+        return PartOrigin(self.encoder_sha256, shard.name, shard.sha256)
+
+    def intent(self) -> dict[str, Any]:
+        """Plain values that claim a folder for it."""
+        names = ("encoder_sha256", "checkpoint", "index_digest", "precision")
+        value = {name: getattr(self, name) for name in names} | asdict(self.layout)
+        return json.loads(json.dumps(value))
 
 
 def export_features(
@@ -71,6 +138,11 @@ def export_features(
     checkpoint_url: str | None = None,
     config: ConfigSource | None = None,
     ema: bool = True,
+    timesteps: tuple[int, int] | None = None,
+    dtype: Dtype = "float16",
+    copied: dict[str, CopiedKind] | None = None,
+    error_budget: float = 0.001,
+    use_gpu: bool = False,
     on_start: Callable[[TrainedEncoder], None] = lambda encoder: None,
     on_progress: Callable[[QueueState], None] = lambda state: None,
 ) -> FeatureManifest:
@@ -80,27 +152,40 @@ def export_features(
         run_url, step: the encoder of a run of this project, at a step or at its newest checkpoint.
         checkpoint_url, config: instead, that of an authors' file; every worker must reach it.
         ema: the averaged weights; False takes the online ones.
+        timesteps: only the subsets whose time-steps intersect this half-open range.
+        copied: fields of each sample's json that become columns.
+        error_budget: share of the samples that may have no row because they cannot be used.
+        use_gpu: a GPU for each worker, which computes in bfloat16.
         on_start: called with the encoder once nothing is left to be refused.
 
     Raises:
         ValueError, OSError: refused before start: no such checkpoint, shards that do not match
-            their index, or an `out_url` that holds features of another encoder or shard set.
+            their index, or an `out_url` that holds other features.
         ExportFailedError: naming the shards that failed, and why.
     """
     shards_url, out_url = absolute(shards_url), absolute(out_url)
     load, trained = _choose_encoder(store, run_url, step, checkpoint_url, config, ema=ema)
     index = read_index(store, shards_url)
     verify_listing(store, index)
-    _check_intent(store, out_url, trained, index)
-    source = shards_url.rstrip("/").rsplit("/", 1)[-1]
-    stems = tuple(shard.name.removesuffix(".tar") for shard in index.shards)
-    work = Work(stems, join(out_url, source), ".parquet")
-    with ray_session(num_cpus=num_workers):
-        _declare_intent(store, out_url, trained, index)
+    columns = select_columns(columns_of(trained.partition), timesteps)
+    unscaled = Export(
+        out_url=out_url,
+        source=shards_url.rstrip("/").rsplit("/", 1)[-1],
+        encoder_sha256=trained.sha256,
+        checkpoint=trained.checkpoint,
+        index_digest=index.digest,
+        precision="bf16" if use_gpu else "fp32",
+        layout=FeatureLayout(columns, "float16", copied=copied or {}),
+    )
+    _check_claim(store, unscaled, dtype)
+    with ray_session(num_cpus=num_workers, num_gpus=num_workers if use_gpu else 0):
         on_start(trained)
+        export = _claim(store, unscaled, dtype, trained, index)
+        _forget_lost_parts(store, export)
+        work = Work(tuple(_stem(shard) for shard in index.shards), export.commits_url, ".json")
         name = f"export-{uuid.uuid4().hex[:8]}"
         coordinator = start_coordinator(name, store, (shards_url,), work)
-        workers = [_start_worker(store, load, trained.sha256, work) for _ in range(num_workers)]
+        workers = [_start_worker(store, load, export) for _ in range(num_workers)]
         try:
             state, _ = run_workers(workers, coordinator, on_progress)
         except (StoreError, RayError) as error:
@@ -114,53 +199,42 @@ def export_features(
             f"{len(state.failures)} of {len(index.shards)} shards could not be exported: {causes}. "
             f"Mend them and run the same command again; finished parts are kept."
         )
-    manifest = _summarise(store, trained, index, out_url, source)
+    manifest = _summarise(store, export, trained, index, error_budget)
     publish_manifest(store, out_url, manifest)
     return manifest
 
 
-def encode_shard(store: ObjectStore, trained: TrainedEncoder, shard: Shard) -> bytes:
-    """The Parquet part of one shard.
+def export_shard(
+    store: ObjectStore, encoder: EncoderOnDevice, export: Export, shard: Shard
+) -> None:
+    """Publish and commit the part of one shard; one that is there already is only committed.
 
     Raises:
         ShardMismatchError: the tar is not the one that was indexed.
-        DecodeError: an image cannot be used.
+        FeatureMismatchError: a part is there already, and it is another export's.
+        ValueError: a feature is no finite number.
     """
-    samples = read_shard(store, shard)
-    with ThreadPoolExecutor(DECODE_THREADS) as pool:
-        images = list(
-            pool.map(lambda sample: decode_sample(sample, trained.image_size_px), samples)
-        )
-    features = [
-        _encode(trained, np.stack(images[start : start + IMAGES_PER_FORWARD]))
-        for start in range(0, len(images), IMAGES_PER_FORWARD)
-    ]
-    return encode_part(
-        feature_columns(trained),
-        keys=[sample["__key__"] for sample in samples],
-        shard=shard.name,
-        rows=[sample["__row__"] for sample in samples],
-        features=np.concatenate(features),
-    )
-
-
-def feature_columns(trained: TrainedEncoder) -> tuple[FeatureColumn, ...]:
-    """One column per subset of the encoder's partition, fine to coarse.
-
-    Some published cuts have subsets without a dimension. A column cannot be empty, so their
-    time-steps go to the column before, whose dimensions the decoder sees there too (the first
-    ones to the column after), and the columns are numbered without them.
-    """
-    columns: list[FeatureColumn] = []
-    for subset in trained.partition.subsets:
-        steps, dims = subset.timesteps, subset.dims
-        if dims[0] < dims[1]:
-            start = steps[0] if columns else 0
-            columns.append(FeatureColumn(f"z{len(columns):03d}", (start, steps[1]), dims))
-        elif columns:
-            last = columns[-1]
-            columns[-1] = FeatureColumn(last.name, (last.timesteps[0], steps[1]), last.dims)
-    return tuple(columns)
+    where, origin = export.part_url(shard), export.origin(shard)
+    if store.exists(where):  # its worker died before the commit, or was slower than its lease
+        data = store.read(where)
+    else:
+        data = encode_shard(store, encoder, shard, export.layout, origin)
+        try:
+            store.write(where, data, only_if_absent=True)
+        except AlreadyExistsError:
+            data = store.read(where)
+    try:
+        table = open_part(data, export.layout, origin, where)
+        summary = summary_of(data, table, export.layout, where)
+        found = summary.info
+        if found.rows + found.skipped != shard.num_samples:
+            raise FeatureMismatchError(
+                f"{where} has {found.rows} rows and {found.skipped} skipped ones, {shard.name} has "
+                f"{shard.num_samples} samples"
+            )
+    except FeatureMismatchError as error:
+        raise FeatureMismatchError(f"{error}; delete it, and this export makes it anew") from error
+    store.write(export.commit_url(shard), summary.to_json())
 
 
 def _choose_encoder(
@@ -201,119 +275,169 @@ def _choose_encoder(
 class _ExportWorker:
     """Loads the encoder once, then works until nothing is left to lease."""
 
-    def __init__(self, store: ObjectStore, load: EncoderLoader, sha256: str, work: Work) -> None:
+    def __init__(self, store: ObjectStore, load: EncoderLoader, export: Export) -> None:
         torch.set_num_threads(1)
         self._store = store
-        self._work = work
-        self._trained = load(store=store)
-        if self._trained.sha256 != sha256:
+        self._export = export
+        trained = load(store=store)
+        if trained.sha256 != export.encoder_sha256:
             raise ValueError(
-                f"{self._trained.checkpoint} was replaced during the export: its encoder has "
-                f"SHA-256 {self._trained.sha256}, not {sha256}; export a file that stays as it is"
+                f"{trained.checkpoint} was replaced during the export: its encoder has SHA-256 "
+                f"{trained.sha256}, not {export.encoder_sha256}; export a file that stays as it is"
             )
+        use_gpu = export.precision == "bf16"
+        self._encoder = EncoderOnDevice(trained, use_gpu=use_gpu)
+        self._lanes = GPU_LANES if use_gpu else CPU_LANES
 
     def work(self, name: str, coordinator: Any) -> None:
         index: ShardIndex = result_of(coordinator.index.remote())
-        shards = {shard.name.removesuffix(".tar"): shard for shard in index.shards}
+        shards = {_stem(shard): shard for shard in index.shards}
 
         def export(stem: str) -> None:
-            part = encode_shard(self._store, self._trained, shards[stem])
-            self._store.write(self._work.result_url(stem), part)
+            export_shard(self._store, self._encoder, self._export, shards[stem])
 
-        work_off(name, coordinator, export)
-
-
-def _start_worker(store: ObjectStore, load: EncoderLoader, sha256: str, work: Work) -> Any:
-    actor: Any = ray.remote(num_cpus=1, max_restarts=3, max_task_retries=3)(_ExportWorker)
-    return actor.remote(store, load, sha256, work)
-
-
-@torch.inference_mode()
-def _encode(trained: TrainedEncoder, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
-    images = torch.from_numpy(images_BHWC).permute(0, 3, 1, 2).float() / 127.5 - 1
-    return trained.encoder(images).float().numpy()
+        with ThreadPoolExecutor(self._lanes, "lane") as pool:
+            lanes = [
+                pool.submit(work_off, f"{name}-{lane}", coordinator, export)
+                for lane in range(self._lanes)
+            ]
+            for lane in lanes:
+                lane.result()
 
 
-def _declare_intent(
-    store: ObjectStore, out_url: str, trained: TrainedEncoder, index: ShardIndex
-) -> None:
-    """Claim `out_url` for this encoder and shard set, or find that it already is ours."""
-    intent = _intent(trained, index) | {"checkpoint": trained.checkpoint}
+def _start_worker(store: ObjectStore, load: EncoderLoader, export: Export) -> Any:
+    use_gpu = export.precision == "bf16"
+    actor: Any = ray.remote(
+        num_cpus=1, num_gpus=1 if use_gpu else 0, max_restarts=3, max_task_retries=3
+    )(_ExportWorker)
+    return actor.remote(store, load, export)
+
+
+def _claim(
+    store: ObjectStore, unscaled: Export, dtype: Dtype, trained: TrainedEncoder, index: ShardIndex
+) -> Export:
+    """Claim the folder for this export, or go on with the claim that is there.
+
+    The scales of int8 are measured once, before the first part, and are part of the claim.
+    """
+    if (claimed := _check_claim(store, unscaled, dtype)) is not None:
+        return claimed
+    layout = unscaled.layout
+    scales = None
+    if dtype == "int8":
+        encoder = EncoderOnDevice(trained, use_gpu=False)
+        scales = measured_scales(store, encoder, index, layout.columns)
+    export = replace(unscaled, layout=replace(layout, dtype=dtype, scales=scales))
     try:
-        data = json.dumps(intent).encode()
-        store.write(join(out_url, INTENT_NAME), data, only_if_absent=True)
+        data = json.dumps(export.intent(), indent=1).encode()
+        store.write(join(export.out_url, INTENT_NAME), data, only_if_absent=True)
     except AlreadyExistsError:
-        _check_intent(store, out_url, trained, index)
+        return _check_claim(store, unscaled, dtype) or export
+    return export
 
 
-def _check_intent(
-    store: ObjectStore, out_url: str, trained: TrainedEncoder, index: ShardIndex
-) -> None:
-    """Raises ValueError where `out_url` is claimed for another encoder or shard set."""
-    where, intent = join(out_url, INTENT_NAME), _intent(trained, index)
+def _check_claim(store: ObjectStore, unscaled: Export, dtype: Dtype) -> Export | None:
+    """The export that the folder is claimed for; None where it is free.
+
+    Raises:
+        ValueError: it is claimed for other features.
+    """
+    where = join(unscaled.out_url, INTENT_NAME)
     try:
         found = dict(json.loads(store.read(where)).items())
+        layout = layout_from_json(found)
     except BucketMissingError:
         raise
     except ObjectMissingError:
-        return
-    except (ValueError, AttributeError) as error:
+        return None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
-            f"{where} is damaged ({error}), so nobody knows whose features {out_url} holds; "
-            f"delete that folder, or export into another one"
+            f"{where} is damaged ({error}), so nobody knows whose features {unscaled.out_url} "
+            f"holds; delete that folder, or export into another one"
         ) from error
+    intent = unscaled.intent() | {"dtype": dtype}
     which = " and ".join(
         what for key, what in _INTENT_SAYS.items() if found.get(key) != intent[key]
     )
     if which:
         raise ValueError(
-            f"{out_url} holds features of another {which} ({found.get('checkpoint', 'unknown')}; "
-            f"this is {trained.checkpoint}). Export into another folder, delete that one, or "
-            f"choose that checkpoint with --step"
+            f"{unscaled.out_url} holds features of another {which} "
+            f"({found.get('checkpoint', 'unknown')}, {layout.dtype}; this is "
+            f"{unscaled.checkpoint}, {dtype}). Export into another folder, delete that one, or "
+            f"give the options that it was begun with"
         )
+    return replace(unscaled, layout=layout)
 
 
-def _intent(trained: TrainedEncoder, index: ShardIndex) -> dict[str, str]:
-    return {"encoder_sha256": trained.sha256, "index_digest": index.digest}
+def _forget_lost_parts(store: ObjectStore, export: Export) -> None:
+    """Take back the commit of every part that is gone, so that it is made anew."""
+    commits = store.list(export.commits_url)  # before the parts: another driver may be at work
+    parts = parts_listed(store, export.out_url)
+    for commit in commits:
+        stem = commit.url.removeprefix(export.commits_url + "/").removesuffix(".json")
+        if part_name(export.source, stem) not in parts:
+            store.delete(commit.url)
 
 
 def _summarise(
-    store: ObjectStore, trained: TrainedEncoder, index: ShardIndex, out_url: str, source: str
+    store: ObjectStore,
+    export: Export,
+    trained: TrainedEncoder,
+    index: ShardIndex,
+    error_budget: float,
 ) -> FeatureManifest:
-    columns, parts, count = feature_columns(trained), {}, 0
-    total = np.zeros(trained.partition.latent_dim)
-    squares = np.zeros(trained.partition.latent_dim)
-    for shard in index.shards:
-        name = part_name(source, shard.name.removesuffix(".tar"))
-        where = join(out_url, name)
-        data = store.read(where)
-        try:
-            moments = part_moments(data, columns, shard=shard.name, where=where)
-            if moments.count != shard.num_samples:
-                raise FeatureMismatchError(
-                    f"{where} has {moments.count} rows, {shard.name} has {shard.num_samples}"
-                )
-        except FeatureMismatchError as error:
-            raise ExportFailedError(
-                f"{error}; delete it, and run the same command again to make it anew"
-            ) from error
-        parts[name] = PartInfo(moments.count, len(data), hashlib.sha256(data).hexdigest())
-        count += moments.count
-        total += moments.sum
-        squares += moments.sum_of_squares
-    mean = total / count
-    variance = np.maximum(squares / count - mean**2, 0)
+    """The manifest of a finished export, from its commits.
+
+    Raises:
+        ExportFailedError: a commit is damaged, or too many samples were skipped.
+    """
+    layout, causes = export.layout, Counter[str]()
+    parts, total, squares = {}, np.zeros(layout.num_dims), np.zeros(layout.num_dims)
+    with ThreadPoolExecutor(_COMMIT_THREADS) as pool:
+        commits = pool.map(partial(_read_commit, store, export), index.shards)
+        for shard, commit in zip(index.shards, commits, strict=True):
+            parts[export.part_name(shard)] = commit.info
+            causes.update(reason.partition(":")[0] for reason in commit.skipped.values())
+            total += commit.sum
+            squares += commit.sum_of_squares
+    rows, skipped = index.num_samples - causes.total(), causes.total()
+    if skipped > error_budget * index.num_samples or not rows:
+        raise ExportFailedError(
+            f"{skipped} of {index.num_samples} samples could not be used "
+            f"({ranked_causes(causes)}), {int(error_budget * index.num_samples)} are allowed. "
+            f"`diti data verify {index.url} --deep` names them; raise --error-budget to leave them "
+            f"out. Finished parts are kept."
+        )
+    mean = total / rows
     return FeatureManifest(
-        columns=columns,
-        dtype="float16",
-        encoder_sha256=trained.sha256,
-        checkpoint=trained.checkpoint,
+        layout=layout,
+        encoder_sha256=export.encoder_sha256,
+        checkpoint=export.checkpoint,
+        precision=export.precision,
         backbone_sha256=trained.backbone_sha256,
         config=trained.config,
         source_url=index.url,
         index_digest=index.digest,
-        rows=count,
+        rows=rows,
+        skipped=skipped,
         parts=parts,
         mean=mean.tolist(),
-        std=np.sqrt(variance).tolist(),
+        std=np.sqrt(np.maximum(squares / rows - mean**2, 0)).tolist(),
     )
+
+
+def _read_commit(store: ObjectStore, export: Export, shard: Shard) -> PartSummary:
+    where = export.commit_url(shard)
+    try:
+        commit = PartSummary.from_json(store.read(where))
+        if commit.sum.shape != (export.layout.num_dims,):
+            raise ValueError(f"it has {len(commit.sum)} dimensions")
+    except (KeyError, TypeError, ValueError, ObjectMissingError) as error:
+        raise ExportFailedError(
+            f"{where} is damaged ({error}); delete it, and run the same command again"
+        ) from error
+    return commit
+
+
+def _stem(shard: Shard) -> str:
+    return shard.name.removesuffix(".tar")

@@ -1,26 +1,43 @@
 """One part of a feature set: the Parquet file of one shard, written and read column by column.
 
-A part is plain Parquet for pyarrow, DuckDB and polars alike: key, shard, row, z000, z001, ...; one
-row per sample. Reading some columns fetches little but their bytes, and every page has a checksum.
+A part is plain Parquet for pyarrow, DuckDB and polars alike: key, shard, row, what was copied from
+the samples' json, z000, z001, ...; one row per sample. Reading some columns fetches little but
+their bytes, every page has a checksum, and the footer says which encoder made it of which tar.
 Equal input gives equal bytes with one version of pyarrow.
 
-Letters: N samples, D dimensions of z.
+Letters: N samples, D dimensions stored.
 """
 
+import hashlib
 import io
+import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, BinaryIO, cast
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, BinaryIO, Literal, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from configs.loading import digest_of_json
 from data_pipelines.object_store import ObjectStore, StoreError
 
-DTYPE = "float16"
+Dtype = Literal["float16", "int8", "float32"]
+CopiedKind = Literal["string", "int", "float", "bool"]
+VALUE_TYPES: dict[Dtype, pa.DataType] = {
+    "float16": pa.float16(),
+    "int8": pa.int8(),
+    "float32": pa.float32(),
+}
+COPIED_TYPES: dict[CopiedKind, pa.DataType] = {
+    "string": pa.string(),
+    "int": pa.int64(),
+    "float": pa.float64(),
+    "bool": pa.bool_(),
+}
 JOIN_COLUMNS = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
@@ -28,15 +45,18 @@ JOIN_COLUMNS = pa.schema(
         pa.field("row", pa.int32(), nullable=False),
     ]
 )
+INT8_LIMIT = 127
+_NOTES = b"diti"
+_COLUMN_NAME = re.compile(r"z(\d{3,})")
 # 10,000 x 512 normal values take 944 bytes a sample, of 1,024 in memory. Byte-stream split would
 # make it 889, but DuckDB 2.0 cannot read float16 in it. Version 2 pages would make it 1,018, since
-# they leave list levels uncompressed.
+# they leave list levels uncompressed. Parquet keeps int8 in four bytes; packed differences bring
+# 512 of them to 512 bytes and zstd alone to 650. A dictionary would only add to either.
 _PARQUET_OPTIONS: dict[str, Any] = {
     "compression": "zstd",
     "row_group_size": 32_768,  # img2dataset's 10,000 rows make one; larger shards come in pieces
     "data_page_version": "1.0",
     "use_dictionary": ["shard"],
-    "column_encoding": {"row": "DELTA_BINARY_PACKED"},
     "write_statistics": JOIN_COLUMNS.names,  # of float16 noise they tell nothing
     "write_page_checksum": True,
 }
@@ -56,21 +76,132 @@ class FeatureColumn:
 
 
 @dataclass(frozen=True, slots=True)
+class FeatureLayout:
+    """What all parts of a feature set have in common.
+
+    Raises:
+        ValueError: the columns do not follow each other, or scales and dtype do not go together.
+    """
+
+    columns: tuple[FeatureColumn, ...]
+    """Neighbours in the encoder's partition: all of it, or a range of its time-steps."""
+    dtype: Dtype = "float16"
+    scales: tuple[float, ...] | None = None
+    """Of int8, per dimension stored: a value is the stored number times its scale."""
+    copied: dict[str, CopiedKind] = field(default_factory=dict)
+    """Columns copied from each sample's json."""
+
+    def __post_init__(self) -> None:
+        check_columns(self.columns)
+        if self.dtype not in VALUE_TYPES:
+            raise ValueError(
+                f"features are stored as {', '.join(VALUE_TYPES)}, not as {self.dtype!r}"
+            )
+        if (self.dtype == "int8") != (self.scales is not None):
+            raise ValueError(f"int8 features, and no others, have scales; these are {self.dtype}")
+        if self.scales is not None:
+            if len(self.scales) != self.num_dims:
+                raise ValueError(f"{self.num_dims} dimensions need as many scales")
+            if not all(0 < scale < float("inf") for scale in self.scales):
+                raise ValueError("scales must be positive and finite")
+        for name, kind in self.copied.items():
+            if kind not in COPIED_TYPES:
+                raise ValueError(f"column {name} cannot be copied as {kind!r}")
+            if name in JOIN_COLUMNS.names or _COLUMN_NAME.fullmatch(name):
+                raise ValueError(f"a copied column cannot be called {name}; features have one")
+
+    @property
+    def dims(self) -> tuple[int, int]:
+        """The dimensions of z that are stored, half-open."""
+        return self.columns[0].dims[0], self.columns[-1].dims[1]
+
+    @property
+    def num_dims(self) -> int:
+        first, last = self.dims
+        return last - first
+
+    @property
+    def schema(self) -> pa.Schema:
+        copied = [pa.field(name, COPIED_TYPES[kind]) for name, kind in self.copied.items()]
+        values = [pa.field(c.name, self._value_type(c), nullable=False) for c in self.columns]
+        return pa.schema([*JOIN_COLUMNS, *copied, *values])
+
+    @property
+    def digest(self) -> str:
+        return digest_of_json(asdict(self))
+
+    def _value_type(self, column: FeatureColumn) -> pa.DataType:
+        element = pa.field("element", VALUE_TYPES[self.dtype], nullable=False)
+        return pa.list_(element, column.dims[1] - column.dims[0])
+
+    def stored(self, features: NDArray[np.float32]) -> NDArray[Any]:
+        """Features (N, D) as they are stored: rounded; int8 saturates."""
+        if self.scales is not None:
+            steps = np.rint(features / np.array(self.scales, np.float32))
+            return np.clip(steps, -INT8_LIMIT, INT8_LIMIT).astype(np.int8)
+        with np.errstate(over="ignore"):  # overflow becomes inf, and is refused
+            return features.astype(self.dtype)
+
+    def values(self, table: pa.Table, column: FeatureColumn) -> NDArray[np.float32]:
+        """One column of a table of these features; float32 (N, width)."""
+        values = _matrix(table[column.name]).astype(np.float32)
+        if self.scales is not None:
+            first = self.dims[0]
+            values *= np.array(self.scales, np.float32)[
+                column.dims[0] - first : column.dims[1] - first
+            ]
+        return values
+
+
+@dataclass(frozen=True, slots=True)
+class PartOrigin:
+    """What a part was made of, in its footer."""
+
+    encoder_sha256: str
+    shard: str
+    """Name of the tar."""
+    shard_sha256: str | None
+    """Of its content when it was indexed; None takes a part of any."""
+
+
+@dataclass(frozen=True, slots=True)
 class PartInfo:
     """One part as it was when it was written."""
 
     rows: int
+    skipped: int
+    """Samples of its shard that could not be used."""
     size_bytes: int
     sha256: str
 
 
 @dataclass(frozen=True, slots=True)
-class PartMoments:
-    """Sums over the rows of a part; adding up those of all parts gives the set's mean and std."""
+class PartSummary:
+    """What a whole part says of itself: those of all parts add up to the manifest."""
 
-    count: int
+    info: PartInfo
+    skipped: dict[int, str]
+    """Row of each sample that could not be used, and why."""
     sum: NDArray[np.float64]  # (D,)
     sum_of_squares: NDArray[np.float64]  # (D,)
+
+    def to_json(self) -> bytes:
+        value = asdict(self) | {
+            "sum": self.sum.tolist(),
+            "sum_of_squares": self.sum_of_squares.tolist(),
+        }
+        return json.dumps(value, allow_nan=False).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> "PartSummary":
+        """Raises ValueError, KeyError, TypeError for anything else."""
+        value = json.loads(data)
+        return cls(
+            PartInfo(**value["info"]),
+            {int(row): str(reason) for row, reason in value["skipped"].items()},
+            np.array(value["sum"], np.float64),
+            np.array(value["sum_of_squares"], np.float64),
+        )
 
 
 def select_columns(
@@ -84,90 +215,135 @@ def select_columns(
     if timesteps is None:
         return columns
     start, end = timesteps
-    covered = columns[-1].timesteps[1]
-    if not 0 <= start < end <= covered:
+    first, last = columns[0].timesteps[0], columns[-1].timesteps[1]
+    if not first <= start < end <= last:
         raise ValueError(
             f"time-steps [{start}, {end}) cannot be selected: these features cover "
-            f"[0, {covered}), so choose 0 <= start < end <= {covered}"
+            f"[{first}, {last}), so choose {first} <= start < end <= {last}"
         )
     return tuple(c for c in columns if c.timesteps[0] < end and start < c.timesteps[1])
 
 
 def encode_part(
-    columns: tuple[FeatureColumn, ...],
+    layout: FeatureLayout,
+    origin: PartOrigin,
     *,
     keys: Sequence[str],
-    shard: str,
     rows: Sequence[int],
     features: NDArray[np.float32],
+    copied: Mapping[str, Sequence[Any]] | None = None,
+    skipped: Mapping[int, str] | None = None,
 ) -> bytes:
-    """The Parquet file of one shard's features, float32 (N, D), rounded to float16.
+    """The Parquet file of one shard's features, float32 (N, D) for the layout's dimensions.
 
-    `rows` are the samples' row numbers in `shard`.
+    Args:
+        rows: the samples' row numbers in the shard.
+        copied: a value, or None, per sample for each of the layout's copied columns.
+        skipped: row and reason of each sample that could not be used.
 
     Raises:
-        ValueError: the lengths differ, or a value is NaN, infinite, or too large for float16.
+        ValueError: the lengths differ, or a value is NaN, infinite, or too large for the dtype.
     """
-    check_columns(columns)
-    expected = (len(keys), columns[-1].dims[1])
+    expected = (len(keys), layout.num_dims)
     if features.shape != expected or len(rows) != len(keys):
         raise ValueError(
-            f"features of {shard} have shape {features.shape} beside {len(keys)} keys and "
+            f"features of {origin.shard} have shape {features.shape} beside {len(keys)} keys and "
             f"{len(rows)} rows; the columns make it {expected}"
         )
-    halves = _to_float16(features, keys, shard)
+    stored = layout.stored(features)
+    _refuse_unusable(layout, features, stored, keys, origin.shard)
     arrays = [
         pa.array(keys, pa.string()),
-        pa.array([shard] * len(keys), pa.string()),
+        pa.array([origin.shard] * len(keys), pa.string()),
         pa.array(rows, pa.int32()),
+        *(
+            pa.array((copied or {})[name], COPIED_TYPES[kind])
+            for name, kind in layout.copied.items()
+        ),
     ]
-    for column in columns:
-        flat = pa.array(np.ascontiguousarray(halves[:, slice(*column.dims)]).reshape(-1))
-        arrays.append(pa.FixedSizeListArray.from_arrays(flat, type=_value_type(column)))
+    for column in layout.columns:
+        start, end = (dim - layout.dims[0] for dim in column.dims)
+        flat = pa.array(np.ascontiguousarray(stored[:, start:end]).reshape(-1))
+        kind = layout.schema.field(column.name).type
+        arrays.append(pa.FixedSizeListArray.from_arrays(flat, type=kind))
+    notes = asdict(origin) | {"layout_sha256": layout.digest, "skipped": dict(skipped or {})}
+    schema = layout.schema.with_metadata({_NOTES: json.dumps(notes, sort_keys=True).encode()})
+    packed = ["row"]
+    if layout.dtype == "int8":
+        packed += [f"{column.name}.list.element" for column in layout.columns]
+    encoding = dict.fromkeys(packed, "DELTA_BINARY_PACKED")
     sink = io.BytesIO()
-    table = pa.Table.from_arrays(arrays, schema=_schema(columns))
-    pq.write_table(table, sink, **_PARQUET_OPTIONS)
+    table = pa.Table.from_arrays(arrays, schema=schema)
+    pq.write_table(table, sink, column_encoding=encoding, **_PARQUET_OPTIONS)
     return sink.getvalue()
 
 
-def part_moments(
-    data: bytes, columns: tuple[FeatureColumn, ...], *, shard: str, where: str
-) -> PartMoments:
-    """Sums per dimension of a whole part, in float64.
+def open_part(data: bytes, layout: FeatureLayout, origin: PartOrigin, where: str) -> pa.Table:
+    """All of a part, once it is known to be the one of that layout and origin.
 
     Args:
-        shard: whose part it must be, in order of row.
         where: its URL, for errors.
 
     Raises:
-        FeatureMismatchError: these bytes are not that part, or a page's checksum fails.
+        FeatureMismatchError: it is another one, or a page's checksum fails.
     """
     parquet = _open_parquet(io.BytesIO(data), where)
-    if not parquet.schema_arrow.equals(_schema(columns)):
-        raise FeatureMismatchError(f"{where} has other columns or types than this export writes")
-    table = _decode(parquet, None, where)
-    shards = set(table["shard"].unique().to_pylist())
-    if not shards <= {shard} or (np.diff(table["row"].to_numpy()) <= 0).any():
-        raise FeatureMismatchError(f"{where} does not hold rows of {shard} alone, in order")
-    blocks = [matrix(table[column.name]).astype(np.float64) for column in columns]
-    return PartMoments(
-        table.num_rows,
-        np.concatenate([block.sum(axis=0) for block in blocks]),
-        np.concatenate([np.square(block).sum(axis=0) for block in blocks]),
-    )
+    notes = _notes_of(parquet, where)
+    for what, found, wanted in (
+        ("of the tar", notes.get("shard"), origin.shard),
+        ("by the encoder", notes.get("encoder_sha256"), origin.encoder_sha256),
+        ("of the tar with SHA-256", notes.get("shard_sha256"), origin.shard_sha256),
+        ("with the layout", notes.get("layout_sha256"), layout.digest),
+    ):
+        if wanted not in (found, None):
+            raise FeatureMismatchError(f"{where} was made {what} {found}, not {wanted}")
+    if not parquet.schema_arrow.equals(layout.schema):
+        raise FeatureMismatchError(f"{where} has other columns or types than this set's parts")
+    return _decode(parquet, None, where)
+
+
+def summary_of(data: bytes, table: pa.Table, layout: FeatureLayout, where: str) -> PartSummary:
+    """What the manifest says of a part, and sums per dimension of its values as they are read.
+
+    Args:
+        table: what `open_part` found in `data`.
+
+    Raises:
+        FeatureMismatchError: its rows do not rise, or a value is no finite number.
+    """
+    rows = table["row"].to_numpy()
+    if (np.diff(rows) <= 0).any():
+        raise FeatureMismatchError(f"{where} does not hold its shard's rows once each, in order")
+    notes = json.loads(table.schema.metadata[_NOTES])
+    skipped = {int(row): str(reason) for row, reason in notes["skipped"].items()}
+    if both := skipped.keys() & set(rows.tolist()):
+        raise FeatureMismatchError(
+            f"{where} says that it skipped rows which it has: {sorted(both)}"
+        )
+    values = [layout.values(table, column) for column in layout.columns]
+    for column, block in zip(layout.columns, values, strict=True):
+        if len(wrong := np.argwhere(~np.isfinite(block))):
+            row, dim = wrong[0]
+            raise FeatureMismatchError(
+                f"{where} has {block[row, dim]} in dimension {column.dims[0] + dim} of sample "
+                f"{table['key'][int(row)]} ({len(wrong)} such values in {column.name})"
+            )
+    z = np.concatenate(values, axis=1).astype(np.float64)
+    info = PartInfo(len(table), len(skipped), len(data), hashlib.sha256(data).hexdigest())
+    return PartSummary(info, skipped, z.sum(axis=0), np.square(z).sum(axis=0))
 
 
 def read_part(
     store: ObjectStore,
     where: str,
     part: PartInfo,
-    all_columns: tuple[FeatureColumn, ...],
+    layout: FeatureLayout,
     columns: tuple[FeatureColumn, ...],
 ) -> pa.Table:
-    """Join columns and `columns` of one part; fetches only those.
+    """Join columns, copied columns and `columns` of one part; fetches only those.
 
     Args:
-        part, all_columns: what the manifest says that the file at `where` is.
+        part, layout: what the manifest says that the file at `where` is.
 
     Raises:
         FeatureMismatchError: it has other bytes, rows or columns, or a page's checksum fails.
@@ -186,26 +362,41 @@ def read_part(
                 f"{where} has {parquet.metadata.num_rows} rows instead of the manifest's "
                 f"{part.rows}; export this shard again"
             )
-        if not parquet.schema_arrow.equals(_schema(all_columns)):
+        if not parquet.schema_arrow.equals(layout.schema):
             raise FeatureMismatchError(
                 f"{where} has other columns or types than its manifest lists, which ends at "
-                f"{all_columns[-1].name}; export this shard again"
+                f"{layout.columns[-1].name}; export this shard again"
             )
-        names = [*JOIN_COLUMNS.names, *(column.name for column in columns)]
+        names = [*JOIN_COLUMNS.names, *layout.copied, *(column.name for column in columns)]
         fetched = _fetch(file, size_bytes, _spans(parquet.metadata, names))
     return _decode(_open_parquet(fetched, where, parquet.metadata), names, where)
 
 
 def check_columns(columns: tuple[FeatureColumn, ...]) -> None:
-    """Raises ValueError unless the columns tile time-steps and dimensions from 0 on, in order."""
+    """Raises ValueError unless each column begins where the one before it ends."""
     if not columns:
         raise ValueError("features need at least one column")
-    timestep = dim = 0
-    for number, column in enumerate(columns):
-        if column.name != f"z{number:03d}":
-            raise ValueError(f"column {number} must be named z{number:03d}, not {column.name}")
+    number = _number_of(columns[0])
+    timestep, dim = columns[0].timesteps[0], columns[0].dims[0]
+    if number == 0:
+        timestep = dim = 0
+    elif min(timestep, dim) < number:
+        raise ValueError(
+            f"column {columns[0].name} cannot begin at time-step {timestep} and dimension {dim}: "
+            f"the {number} columns before it have one of each at least"
+        )
+    for place, column in enumerate(columns, start=number):
+        if _number_of(column) != place:
+            raise ValueError(f"column {place} must be named z{place:03d}, not {column.name}")
         timestep = _end_of_range("time-steps", column.name, column.timesteps, timestep)
         dim = _end_of_range("dimensions", column.name, column.dims, dim)
+
+
+def _number_of(column: FeatureColumn) -> int:
+    match = _COLUMN_NAME.fullmatch(column.name)
+    if match is None or column.name != f"z{int(match[1]):03d}":
+        raise ValueError(f"a column must be named z000 or so, not {column.name!r}")
+    return int(match[1])
 
 
 def _end_of_range(what: str, name: str, half_open: tuple[int, int], expected_start: int) -> int:
@@ -218,30 +409,35 @@ def _end_of_range(what: str, name: str, half_open: tuple[int, int], expected_sta
     return end
 
 
-def _to_float16(
-    features: NDArray[np.float32], keys: Sequence[str], shard: str
-) -> NDArray[np.float16]:
-    with np.errstate(over="ignore"):  # overflow becomes inf, and is refused below
-        halves = features.astype(np.float16)
-    refused = np.argwhere(~np.isfinite(halves))
-    if len(refused):
-        row, dim = refused[0]
-        raise ValueError(
-            f"sample {keys[row]} of {shard} has {features[row, dim]} in dimension {dim} of its "
-            f"features ({len(refused)} such values in the shard); float16 needs finite numbers "
-            f"up to 65504, so check the checkpoint"
-        )
-    return halves
+def _refuse_unusable(
+    layout: FeatureLayout,
+    features: NDArray[np.float32],
+    stored: NDArray[Any],
+    keys: Sequence[str],
+    shard: str,
+) -> None:
+    finite = np.isfinite(features) & np.isfinite(stored)
+    if finite.all():
+        return
+    refused = np.argwhere(~finite)
+    row, dim = refused[0]
+    limit = " up to 65504" if layout.dtype == "float16" else ""
+    raise ValueError(
+        f"sample {keys[row]} of {shard} has {features[row, dim]} in dimension "
+        f"{layout.dims[0] + dim} of its features ({len(refused)} such values in the shard); "
+        f"{layout.dtype} needs finite numbers{limit}, so check the checkpoint"
+    )
 
 
-def _value_type(column: FeatureColumn) -> pa.DataType:
-    element = pa.field("element", pa.float16(), nullable=False)
-    return pa.list_(element, column.dims[1] - column.dims[0])
-
-
-def _schema(columns: tuple[FeatureColumn, ...]) -> pa.Schema:
-    values = [pa.field(c.name, _value_type(c), nullable=False) for c in columns]
-    return pa.schema([*JOIN_COLUMNS, *values])
+def _notes_of(parquet: pq.ParquetFile, where: str) -> dict[str, Any]:
+    metadata = parquet.schema_arrow.metadata or {}
+    try:
+        notes = json.loads(metadata[_NOTES])
+        return dict(notes.items())
+    except (KeyError, ValueError, AttributeError) as error:
+        raise FeatureMismatchError(
+            f"{where} does not say which encoder made it: it is no part of an export"
+        ) from error
 
 
 def _spans(metadata: pq.FileMetaData, names: list[str]) -> list[tuple[int, int]]:
@@ -294,7 +490,7 @@ def _decode(parquet: pq.ParquetFile, names: list[str] | None, where: str) -> pa.
         ) from error
 
 
-def matrix(column: pa.ChunkedArray) -> NDArray[np.float16]:
-    """The values of one z column, float16 (N, width)."""
+def _matrix(column: pa.ChunkedArray) -> NDArray[Any]:
+    """The stored numbers of one z column, (N, width)."""
     flat = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
     return flat.reshape(len(column), column.type.list_size)

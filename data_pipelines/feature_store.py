@@ -1,8 +1,9 @@
 """Exported features: one Parquet file per input shard, one column per time-step subset.
 
-    URL/<source>/<stem>.parquet   a part, see `feature_part`
-    URL/manifest.json             which time-steps and dimensions each column holds, where the
-                                  features come from, rows, bytes and SHA-256 of each part
+    URL/<source>/<stem>.parquet          a part, see `feature_part`
+    URL/_commits/<source>/<stem>.json    written after it: this shard is done
+    URL/manifest.json                    which time-steps and dimensions each column holds, where
+                                         the features come from; rows, bytes and SHA-256 of parts
 
 The manifest is written last; without it there is no feature set.
 
@@ -11,7 +12,7 @@ Letters: N samples, d dimensions selected.
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import accumulate
@@ -21,14 +22,12 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from configs.loading import digest_of_json
 from data_pipelines.feature_part import (
-    DTYPE,
-    JOIN_COLUMNS,
     FeatureColumn,
+    FeatureLayout,
     FeatureMismatchError,
     PartInfo,
-    check_columns,
-    matrix,
     read_part,
     select_columns,
 )
@@ -36,11 +35,13 @@ from data_pipelines.object_store import (
     BucketMissingError,
     ObjectMissingError,
     ObjectStore,
+    absolute,
     join,
 )
 
 MANIFEST_NAME = "manifest.json"
-FORMAT_VERSION = 1
+COMMITS = "_commits"  # readers of a folder of Parquet files pass over names with an underscore
+FORMAT_VERSION = 2
 _PART_THREADS = 8  # a small part costs S3 round trips, not bandwidth
 
 
@@ -48,56 +49,150 @@ _PART_THREADS = 8  # a small part costs S3 round trips, not bandwidth
 class FeatureManifest:
     """What a feature set is; `parts` maps `part_name`s in the order that readers follow.
 
-    `mean` and `std` have one entry per dimension of z, over all rows as stored.
-
     Raises:
-        ValueError: the columns do not tile time-steps and dimensions from 0 on, or counts differ.
+        ValueError: it contradicts itself.
     """
 
-    columns: tuple[FeatureColumn, ...]
-    dtype: str
+    layout: FeatureLayout
     encoder_sha256: str
     checkpoint: str
+    precision: str
+    """What the encoder computed in."""
     backbone_sha256: str
     config: dict[str, Any]
     source_url: str
     index_digest: str
     rows: int
+    skipped: int
+    """Samples of the shard set that could not be used, and so have no row."""
     parts: dict[str, PartInfo]
     mean: list[float]
+    """Of each dimension stored, over all rows as they are read."""
     std: list[float]
-    format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
-        check_columns(self.columns)
-        if self.dtype != DTYPE:
-            raise ValueError(f"features are stored as {DTYPE}, the manifest says {self.dtype}")
         if not self.parts:
             raise ValueError("a feature set needs at least one part")
-        counted = sum(part.rows for part in self.parts.values())
-        if counted != self.rows:
-            raise ValueError(f"the parts have {counted} rows, but the set has {self.rows}")
-        wanted = self.columns[-1].dims[1]
+        for what in ("rows", "skipped"):
+            counted = sum(getattr(part, what) for part in self.parts.values())
+            if counted != getattr(self, what):
+                raise ValueError(
+                    f"the parts have {counted} {what}, but the set has {getattr(self, what)}"
+                )
+        wanted = self.layout.num_dims
         if len(self.mean) != wanted or len(self.std) != wanted:
             raise ValueError(
                 f"mean and std need one entry for each of {wanted} dimensions, "
                 f"got {len(self.mean)} and {len(self.std)}"
             )
 
+    @property
+    def columns(self) -> tuple[FeatureColumn, ...]:
+        return self.layout.columns
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; the layout's fields stand beside the others."""
+        value = asdict(self)
+        value = {"format_version": FORMAT_VERSION} | value.pop("layout") | value
+        return value | {"sha256": digest_of_json(value)}
+
 
 @dataclass(frozen=True, slots=True)
 class Features:
     """Samples in the order of the manifest's parts, and the columns that were asked for.
 
-    `keys`, `shards` and `rows` join back to the shards. `values` is (N, d): dimensions
-    [columns[0].dims[0], columns[-1].dims[1]) of z.
+    `keys`, `shards` and `rows` join back to the shards; `copied` came from the samples' json.
+    `values` is (N, d): dimensions [columns[0].dims[0], columns[-1].dims[1]) of z.
     """
 
     keys: list[str]
     shards: list[str]
     rows: NDArray[np.int32]
     values: NDArray[np.float32]
+    copied: pa.Table
     columns: tuple[FeatureColumn, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureSet:
+    """A feature set, and the columns to read of it. Made by `open_features`.
+
+    What is fetched is checked: size, row count and columns of each part against the manifest, and
+    the checksums of its pages. Reading raises FeatureMismatchError for a part that is not what the
+    manifest says, and StoreError (also ObjectMissingError, for a part that is gone).
+    """
+
+    store: ObjectStore
+    url: str
+    manifest: FeatureManifest
+    columns: tuple[FeatureColumn, ...]
+
+    def arrays(self) -> Features:
+        """All samples at once."""
+        parts = self.manifest.parts
+        first, last = self.columns[0].dims[0], self.columns[-1].dims[1]
+        values = np.empty((self.manifest.rows, last - first), np.float32)
+
+        def read(name: str, start: int) -> pa.Table:
+            table = self._read(name)
+            self._fill(values[start : start + table.num_rows], table)
+            return table.drop_columns([column.name for column in self.columns])
+
+        starts = accumulate((part.rows for part in parts.values()), initial=0)
+        with ThreadPoolExecutor(_PART_THREADS) as pool:
+            tables = pa.concat_tables(pool.map(read, parts, starts))
+        return self._features(tables, values)
+
+    def part(self, name: str) -> Features:
+        """The samples of one shard; `name` is one of the manifest's parts."""
+        table = self._read(name)
+        first, last = self.columns[0].dims[0], self.columns[-1].dims[1]
+        values = np.empty((table.num_rows, last - first), np.float32)
+        self._fill(values, table)
+        return self._features(table, values)
+
+    def __iter__(self) -> Iterator[Features]:
+        """Part after part, in the manifest's order, with the memory of one."""
+        return map(self.part, self.manifest.parts)
+
+    def _read(self, name: str) -> pa.Table:
+        manifest = self.manifest
+        where = join(self.url, name)
+        return read_part(self.store, where, manifest.parts[name], manifest.layout, self.columns)
+
+    def _fill(self, values: NDArray[np.float32], table: pa.Table) -> None:
+        first = self.columns[0].dims[0]
+        for column in self.columns:
+            start, end = (dim - first for dim in column.dims)
+            values[:, start:end] = self.manifest.layout.values(table, column)
+
+    def _features(self, table: pa.Table, values: NDArray[np.float32]) -> Features:
+        return Features(
+            keys=table["key"].to_pylist(),
+            # Interned: one string per shard, not one per sample.
+            shards=[sys.intern(shard) for shard in table["shard"].to_pylist()],
+            rows=table["row"].to_numpy(),
+            values=values,
+            copied=table.select(list(self.manifest.layout.copied)),
+            columns=self.columns,
+        )
+
+
+def open_features(
+    url: str, timesteps: tuple[int, int] | None = None, *, store: ObjectStore | None = None
+) -> FeatureSet:
+    """The feature set at `url`, for the subsets whose time-steps intersect [start, end).
+
+    Reads the manifest; later, of each part, the bytes of those columns only.
+
+    Raises:
+        ValueError: an impossible time-step range.
+        FeatureMismatchError: the manifest cannot be used.
+        StoreError: also ObjectMissingError, for another folder or an unfinished export.
+    """
+    store, url = store or ObjectStore(), absolute(url)
+    manifest = read_manifest(store, url)
+    return FeatureSet(store, url, manifest, select_columns(manifest.columns, timesteps))
 
 
 def part_name(source: str, stem: str) -> str:
@@ -112,27 +207,42 @@ def part_name(source: str, stem: str) -> str:
     return f"{source}/{stem}.parquet"
 
 
-def publish_manifest(store: ObjectStore, url: str, manifest: FeatureManifest) -> None:
-    """Write the manifest; the feature set exists from here on.
+def parts_listed(store: ObjectStore, url: str) -> dict[str, int]:
+    """Every Parquet file below `url` by its name there, and its bytes."""
+    prefix = url.rstrip("/") + "/"
+    return {
+        info.url.removeprefix(prefix): info.size_bytes
+        for info in store.list(url)
+        if info.url.endswith(".parquet")
+    }
 
-    Raises:
-        FeatureMismatchError: a part is missing at `url` or has another size.
-    """
-    found = {info.url: info.size_bytes for info in store.list(url)}
+
+def listing_problems(manifest: FeatureManifest, listed: dict[str, int]) -> list[str]:
+    """What is missing, of another size, or there without being in the manifest."""
     problems = []
     for name, part in manifest.parts.items():
-        size_bytes = found.get(join(url, name))
+        size_bytes = listed.get(name)
         if size_bytes is None:
             problems.append(f"{name} is missing")
         elif size_bytes != part.size_bytes:
             problems.append(f"{name} has {size_bytes} bytes instead of {part.size_bytes}")
-    if problems:
+    foreign = sorted(listed.keys() - manifest.parts.keys())
+    return problems + [f"{name} is no part of this set" for name in foreign]
+
+
+def publish_manifest(store: ObjectStore, url: str, manifest: FeatureManifest) -> None:
+    """Write the manifest; the feature set exists from here on.
+
+    Raises:
+        FeatureMismatchError: a part is missing at `url` or has another size, or a file is none.
+    """
+    if problems := listing_problems(manifest, parts_listed(store, url)):
         more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise FeatureMismatchError(
-            f"features at {url} are not complete: {'; '.join(problems[:10])}{more}. "
-            f"Export those shards again, then publish."
+            f"features at {url} are not complete: {'; '.join(problems[:10])}{more}. Delete what "
+            f"does not belong there, and run the same command again: it makes what is missing."
         )
-    text = json.dumps(asdict(manifest), indent=1, allow_nan=False)
+    text = json.dumps(manifest.to_json(), indent=1, allow_nan=False)
     store.write(join(url, MANIFEST_NAME), text.encode())
 
 
@@ -158,46 +268,11 @@ def read_manifest(store: ObjectStore, url: str) -> FeatureManifest:
         return _manifest_from_json(json.loads(data))
     except KeyError as error:
         raise FeatureMismatchError(f"feature manifest {where} lacks {error}") from error
-    except (TypeError, ValueError) as error:
-        raise FeatureMismatchError(f"feature manifest {where} cannot be used: {error}") from error
-
-
-def read_features(
-    store: ObjectStore, url: str, *, timesteps: tuple[int, int] | None = None
-) -> Features:
-    """All samples, and the subsets whose time-steps intersect [start, end); None is all of them.
-
-    Fetches only those columns, and checks what it fetches: size, row count and columns of each
-    part against the manifest, checksums of the pages.
-
-    Raises:
-        ValueError: an impossible time-step range.
-        FeatureMismatchError: a part is not what the manifest says.
-        StoreError: also ObjectMissingError, for an unfinished export or a part that is gone.
-    """
-    manifest = read_manifest(store, url)
-    columns = select_columns(manifest.columns, timesteps)
-    first, last = columns[0].dims[0], columns[-1].dims[1]
-    values = np.empty((manifest.rows, last - first), np.float32)
-
-    def read(name: str, start: int) -> pa.Table:
-        table = read_part(store, join(url, name), manifest.parts[name], manifest.columns, columns)
-        for column in columns:
-            low, high = (dim - first for dim in column.dims)
-            values[start : start + table.num_rows, low:high] = matrix(table[column.name])
-        return table.select(JOIN_COLUMNS.names)
-
-    starts = accumulate((part.rows for part in manifest.parts.values()), initial=0)
-    with ThreadPoolExecutor(_PART_THREADS) as pool:
-        samples = pa.concat_tables(pool.map(read, manifest.parts, starts))
-    return Features(
-        keys=samples["key"].to_pylist(),
-        # Interned: one string per shard, not one per sample.
-        shards=[sys.intern(shard) for shard in samples["shard"].to_pylist()],
-        rows=samples["row"].to_numpy(),
-        values=values,
-        columns=columns,
-    )
+    except (AttributeError, TypeError, ValueError) as error:
+        raise FeatureMismatchError(
+            f"feature manifest {where} cannot be used: {error}. Run that `diti export` again: it "
+            f"writes it anew."
+        ) from error
 
 
 def _manifest_from_json(value: Any) -> FeatureManifest:
@@ -208,12 +283,32 @@ def _manifest_from_json(value: Any) -> FeatureManifest:
             f"its format_version is {value['format_version']}, this code reads {FORMAT_VERSION}; "
             f"read it with the release that wrote it"
         )
-    columns = tuple(
-        FeatureColumn(column["name"], _range(column["timesteps"]), _range(column["dims"]))
-        for column in value["columns"]
+    fields = dict(value)
+    said = fields.pop("sha256")
+    if (found := digest_of_json(fields)) != said:
+        raise ValueError(f"its content has SHA-256 {found}, it says {said}: it was changed")
+    layout = layout_from_json(fields)
+    for name in ("format_version", *LAYOUT_FIELDS):
+        del fields[name]
+    parts = {name: PartInfo(**part) for name, part in dict(fields.pop("parts")).items()}
+    return FeatureManifest(**fields, layout=layout, parts=parts)
+
+
+LAYOUT_FIELDS = tuple(FeatureLayout.__dataclass_fields__)
+
+
+def layout_from_json(value: dict[str, Any]) -> FeatureLayout:
+    """The layout whose fields, as plain values, are among these. Raises KeyError, ValueError."""
+    scales = value["scales"]
+    return FeatureLayout(
+        columns=tuple(
+            FeatureColumn(column["name"], _range(column["timesteps"]), _range(column["dims"]))
+            for column in value["columns"]
+        ),
+        dtype=value["dtype"],
+        scales=None if scales is None else tuple(float(scale) for scale in scales),
+        copied=dict(value["copied"]),
     )
-    parts = {name: PartInfo(**part) for name, part in dict(value["parts"]).items()}
-    return FeatureManifest(**{**value, "columns": columns, "parts": parts})
 
 
 def _range(value: Sequence[int]) -> tuple[int, int]:

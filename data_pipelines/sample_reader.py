@@ -30,6 +30,8 @@ from data_pipelines.tar_members import MemberTable, ShardMismatchError, Tar, row
 FETCH_THREADS = 8
 MAX_WINDOW_BYTES = 256 * 2**20
 """A window that is longer, because of members in between, is read sample by sample."""
+READ_BYTES = 16 * 2**20
+"""Of one read of a shard that is read from its beginning to its end."""
 MAX_MEMBER_BYTES = 128 * 2**20
 """No image is larger."""
 LOOK_AHEAD_BLOCKS = 4
@@ -66,17 +68,41 @@ def member_sample(
     return sample
 
 
-def read_shard(store: ObjectStore, shard: Shard) -> list[Sample]:
-    """Every raw sample of one shard, in order of row, from one read of the whole tar.
+def iter_shard(
+    store: ObjectStore, shard: Shard, extensions: Sequence[str] | None = None
+) -> Iterator[Sample]:
+    """Every raw sample of one shard, in order of row, from large reads one after the other.
+
+    Args:
+        extensions: of the members that are wanted; all of them for None.
 
     Raises:
         ShardMismatchError: the tar is not the one that was indexed.
     """
-    table, tar = read_members(store, shard), store.read(shard.url)
-    return [
-        member_sample(table, row, shard.url, tar, 0, table.extensions)
-        for row in range(shard.num_samples)
-    ]
+    table = read_members(store, shard)
+    wanted = table.those_of(extensions)
+    for first, last in _reads(table, wanted):
+        start, end = row_span(table, first, last, wanted)
+        window = store.read(shard.url, start, end) if end - start <= MAX_WINDOW_BYTES else b""
+        for row in range(first, last):
+            try:
+                yield member_sample(table, row, shard.url, window, start, wanted)
+            except ShardMismatchError:  # a bit that flipped on the way, or a window too long
+                yield read_sample(store, shard.url, table, row, wanted)
+
+
+def _reads(table: MemberTable, extensions: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """Rows [first, last) whose members lie in about READ_BYTES."""
+    rows = len(table.keys)
+    ends = np.zeros(rows, np.int64)
+    for extension in extensions:
+        there = table.offsets[extension] >= 0
+        np.maximum(ends, (table.offsets[extension] + table.sizes[extension]) * there, out=ends)
+    first = done = 0
+    for row, end in enumerate(ends.tolist(), start=1):
+        if end - done >= READ_BYTES or row == rows:
+            yield first, row
+            first, done = row, end
 
 
 def read_sample(

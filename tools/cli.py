@@ -21,7 +21,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (runs.demo, runs.plan, runs.train, runs.export, runs.report):
+for verb in (runs.demo, runs.plan, runs.train, runs.export, runs.publish, runs.report):
     app.command()(verb)
 # Behind the folder, everything is the other command's: its options are not ours.
 app.command(context_settings={"allow_interspersed_args": False})(runs.s3)

@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipelines.feature_store import FeatureManifest, Features, read_features, read_manifest
+from data_pipelines.feature_store import FeatureManifest, Features, open_features, read_manifest
 from data_pipelines.object_store import ObjectStore
 from tools.attribute_probe import ProbeResult, probe, probe_features
 from tools.labels import Labels, labels_of, places_of, read_pixels, read_source
@@ -39,7 +39,7 @@ def evaluate_attributes(
             )
     samples = [read_source(store, manifest) for manifest in manifests]
     labels = [labels_of(half) for half in samples]
-    halves = [read_features(store, url) for url in (train_url, test_url)]
+    halves = [open_features(url, store=store).arrays() for url in (train_url, test_url)]
     attributes = labels[0].names
     if attributes != labels[1].names:
         raise ValueError(
@@ -49,7 +49,7 @@ def evaluate_attributes(
     rows = _rows_of(labels, manifests, halves)
     results = probe_features(halves[0], rows[0], halves[1], rows[1], attributes)
     if untrained:
-        others = [read_features(store, url) for url in untrained]
+        others = [open_features(url, store=store).arrays() for url in untrained]
         rows = _rows_of(labels, untrained_manifests, others)
         values = [half.values for half in others]
         results.append(

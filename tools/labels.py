@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from data_pipelines.feature_store import FeatureManifest, Features
 from data_pipelines.object_store import ObjectStore, join
 from data_pipelines.sample_images import decode_sample
-from data_pipelines.sample_reader import Sample, read_shard
+from data_pipelines.sample_reader import Sample, iter_shard
 from data_pipelines.shard_index import ShardIndex, read_index
 
 Place = tuple[str, int]
@@ -52,7 +52,7 @@ def places_of(manifest: FeatureManifest, features: Features) -> list[Place]:
 
 def iter_samples(store: ObjectStore, index: ShardIndex) -> Iterator[Sample]:
     """Every raw sample of a shard set, in order, shard by shard."""
-    return (sample for shard in index.shards for sample in read_shard(store, shard))
+    return (sample for shard in index.shards for sample in iter_shard(store, shard))
 
 
 def read_samples(store: ObjectStore, index: ShardIndex) -> list[Sample]:

@@ -10,10 +10,12 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from cluster.features import FeaturesDiff
     from data_pipelines.feature_store import FeatureManifest
     from data_pipelines.set_stats import SetStats
     from pretrain.replay import Replayed
     from tools.evaluate_reconstruction import Reconstruction
+    from tools.export_plan import ExportOutlook
     from tools.plan import Outlook
 
 MOST_ROWS = 64
@@ -121,25 +123,70 @@ def print_reconstructions(results: list[Reconstruction]) -> None:
     Console().print(table)
 
 
-def print_features(manifest: FeatureManifest) -> None:
-    size = sum(part.size_bytes for part in manifest.parts.values())
+def print_export_outlook(outlook: ExportOutlook) -> None:
     typer.echo(
-        f"{counted(manifest.rows, 'row')}, {manifest.columns[-1].dims[1]} dimensions "
-        f"{manifest.dtype}, {counted(len(manifest.parts), 'part')}, {size} bytes "
-        f"({size / manifest.rows:.0f} per row)\n"
+        f"{outlook.images:,} images in {outlook.shards:,} shards: {outlook.shards_per_worker:,} "
+        f"for each of {counted(outlook.workers, 'worker')}, {outlook.hours:,.0f} hours at "
+        f"{outlook.images_per_second:.0f} images/s a worker"
+    )
+    dtypes = tuple(outlook.choices[0].bytes_per_sample)
+    table = Table("time-steps", "", "dimensions", *(f"{dtype}: bytes, in all" for dtype in dtypes))
+    for choice in outlook.choices:
+        table.add_row(
+            f"{choice.timesteps[0]}-{choice.timesteps[1]}",
+            choice.name,
+            str(choice.dims),
+            *(
+                f"{size:,.0f}, {size * outlook.images / 1e12:.2f} TB"
+                for size in choice.bytes_per_sample.values()
+            ),
+        )
+    Console().print(table)
+
+
+def print_features(manifest: FeatureManifest) -> None:
+    size, layout = sum(part.size_bytes for part in manifest.parts.values()), manifest.layout
+    typer.echo(
+        f"{counted(manifest.rows, 'row')}, {layout.num_dims} dimensions {layout.dtype}, "
+        f"{counted(len(manifest.parts), 'part')}, {size} bytes ({size / manifest.rows:.0f} per row)"
+    )
+    if manifest.skipped:
+        typer.echo(f"without  {counted(manifest.skipped, 'sample')} that could not be used")
+    typer.echo(
         f"source   {manifest.source_url} (index {manifest.index_digest[:12]})\n"
         f"encoder  {manifest.checkpoint} (SHA-256 {manifest.encoder_sha256[:12]}), "
-        f"backbone {manifest.backbone_sha256[:12]}"
+        f"computed in {manifest.precision}, backbone {manifest.backbone_sha256[:12]}"
     )
+    if layout.copied:
+        copied = ", ".join(f"{name} ({kind})" for name, kind in layout.copied.items())
+        typer.echo(f"copied   {copied}")
     table = Table("column", "time-steps", "dimensions", "mean", "std")
     for column in manifest.columns:
-        dims = slice(*column.dims)
+        dims = slice(*(dim - layout.dims[0] for dim in column.dims))
         table.add_row(
             column.name,
             f"{column.timesteps[0]}-{column.timesteps[1]}",
             f"{column.dims[0]}-{column.dims[1]}",
             f"{_average(manifest.mean[dims]):.3f}",
             f"{_average(manifest.std[dims]):.3f}",
+        )
+    Console().print(table)
+
+
+def print_features_diff(diff: FeaturesDiff) -> None:
+    if diff.manifests:
+        typer.echo(f"the manifests differ in: {', '.join(diff.manifests)}")
+    for what, rows in (("first", diff.only_first), ("second", diff.only_second)):
+        if rows:
+            typer.echo(f"only in the {what}: {counted(rows, 'row')}")
+    table = Table("column", "rows in both", "equal", "largest difference", "mean cosine")
+    for name, column in diff.columns.items():
+        table.add_row(
+            name,
+            str(column.rows),
+            str(column.equal),
+            f"{column.largest:.3g}",
+            f"{column.cosine / max(1, column.rows):.6f}",
         )
     Console().print(table)
 

@@ -1,6 +1,7 @@
 """The probe on features whose answer is known."""
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from numpy.typing import NDArray
 
@@ -104,7 +105,8 @@ def test_the_whole_feature_comes_first_and_then_each_subset_alone():
 
     def features(x: NDArray[np.float32]) -> Features:
         keys = [str(row) for row in range(len(x))]
-        return Features(keys, ["s"] * len(x), np.arange(len(x), dtype=np.int32), x, columns)
+        rows = np.arange(len(x), dtype=np.int32)
+        return Features(keys, ["s"] * len(x), rows, x, pa.table({}), columns)
 
     results = probe_features(
         features(np.c_[TRAIN_NOISE, TRAIN_Y].astype(np.float32)),

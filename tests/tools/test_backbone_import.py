@@ -8,15 +8,16 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from cluster.export import encode_shard, feature_columns
 from configs.task import BackboneConfig, DitiTask
-from data_pipelines.feature_store import read_features, read_manifest
+from data_pipelines.feature_part import FeatureLayout, PartOrigin, open_part
+from data_pipelines.feature_store import open_features, read_manifest
 from data_pipelines.object_store import ObjectStore, join
 from pretrain import checkpoint
 from pretrain.backbone import load_backbone
 from pretrain.encoder import Encoder
 from pretrain.pieces import pack
 from pretrain.published import load_authors_checkpoint
+from pretrain.shard_features import EncoderOnDevice, columns_of, encode_shard
 from pretrain.trained import load_encoder, load_published_encoder
 from tests.published_files import (
     RUN_CONFIG,
@@ -196,7 +197,7 @@ def test_subsets_without_a_dimension_give_their_time_steps_to_a_neighbour(tmp_pa
     trained = load_published_encoder(write_run(tmp_path, config=config))
     sizes = [subset.dims[1] - subset.dims[0] for subset in trained.partition.subsets]
     assert sizes[:4] == [0, 0, 2, 3]
-    columns = feature_columns(trained)
+    columns = columns_of(trained.partition)
     assert [column.name for column in columns] == [f"z{number:03d}" for number in range(8)]
     assert [column.timesteps for column in columns[:2]] == [(0, 300), (300, 400)]
     assert (columns[-1].timesteps[1], columns[-1].dims[1]) == (1000, 24)
@@ -205,7 +206,11 @@ def test_subsets_without_a_dimension_give_their_time_steps_to_a_neighbour(tmp_pa
 def test_a_shard_is_encoded_with_an_authors_file(tmp_path: Path) -> None:
     trained = load_published_encoder(write_run(tmp_path))
     index = make_shards(STORE, str(tmp_path / "shards"), shards=1, rows=5)
-    assert encode_shard(STORE, trained, index.shards[0])[:4] == b"PAR1"
+    encoder = EncoderOnDevice(trained, use_gpu=False)
+    layout, shard = FeatureLayout(columns_of(trained.partition)), index.shards[0]
+    origin = PartOrigin(trained.sha256, shard.name, shard.sha256)
+    part = encode_shard(STORE, encoder, shard, layout, origin)
+    assert open_part(part, layout, origin, "part").num_rows == 5
 
 
 @pytest.mark.timeout(300)
@@ -223,6 +228,6 @@ def test_features_are_exported_from_an_authors_file(
     assert manifest.backbone_sha256 == trained.backbone_sha256
     assert manifest.config == trained.config
     assert [column.dims for column in manifest.columns] == [(0, 4), (4, 9), (9, 16), (16, 24)]
-    assert read_features(STORE, "features").values.shape == (12, 24)
+    assert open_features("features").arrays().values.shape == (12, 24)
     refused(diti(*command, "--no-ema", "--out", "features"), "another encoder")
     assert STORE.exists(join("features", "manifest.json"))

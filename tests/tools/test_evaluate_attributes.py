@@ -1,22 +1,24 @@
 """A probe's two halves must belong together; whatever does not is refused by name."""
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data_pipelines.feature_part import FeatureColumn, PartInfo, encode_part
-from data_pipelines.feature_store import FeatureManifest, part_name, publish_manifest
+from data_pipelines.feature_part import FeatureColumn, FeatureLayout, PartOrigin, encode_part
+from data_pipelines.feature_store import part_name, publish_manifest
 from data_pipelines.object_store import ObjectStore
 from data_pipelines.shard_index import read_index
+from tests.feature_sets import manifest_of
 from tests.tiny_run import make_shards
 from tools.evaluate_attributes import evaluate_attributes
 from tools.labels import labels_of, read_samples
 
 STORE = ObjectStore()
-COLUMNS = (FeatureColumn("z000", (0, 100), (0, 4)), FeatureColumn("z001", (100, 1000), (4, 8)))
+LAYOUT = FeatureLayout(
+    (FeatureColumn("z000", (0, 100), (0, 4)), FeatureColumn("z001", (100, 1000), (4, 8)))
+)
 
 
 def export_labels(shards: str, url: str, *, encoder: str = "a" * 64) -> str:
@@ -28,32 +30,16 @@ def export_labels(shards: str, url: str, *, encoder: str = "a" * 64) -> str:
     features[:, 0] = labels.values[:, labels.names.index("glasses")]
     [shard] = index.shards
     part = encode_part(
-        COLUMNS,
+        LAYOUT,
+        PartOrigin(encoder, shard.name, shard.sha256),
         keys=[sample["__key__"] for sample in samples],
-        shard=shard.name,
         rows=range(len(samples)),
         features=features,
     )
     name = part_name("shards", "00000")
     STORE.write(f"{url}/{name}", part)
-    publish_manifest(
-        STORE,
-        url,
-        FeatureManifest(
-            columns=COLUMNS,
-            dtype="float16",
-            encoder_sha256=encoder,
-            checkpoint="step-00000001",
-            backbone_sha256="b" * 64,
-            config={"data": {"image_size_px": 32}},
-            source_url=shards,
-            index_digest=index.digest,
-            rows=len(samples),
-            parts={name: PartInfo(len(samples), len(part), hashlib.sha256(part).hexdigest())},
-            mean=[0.0] * 8,
-            std=[1.0] * 8,
-        ),
-    )
+    more = {"encoder_sha256": encoder, "source_url": shards, "index_digest": index.digest}
+    publish_manifest(STORE, url, manifest_of(LAYOUT, {name: part}, **more))
     return url
 
 

@@ -35,7 +35,7 @@ from sklearn.datasets import load_sample_images
 from data_pipelines.decoding import decode_image
 from data_pipelines.local_s3 import local_s3
 from data_pipelines.object_store import ObjectStore
-from data_pipelines.sample_reader import read_shard
+from data_pipelines.sample_reader import iter_shard
 from data_pipelines.shard_index import ShardIndex, write_index
 from data_pipelines.shard_writer import write_shard
 from tools.benchmarks.loading_peers import WARM_BATCHES, ours
@@ -147,7 +147,7 @@ def measure_floor(store: ObjectStore, index: ShardIndex, workers: int) -> Floor:
 
     In as many threads as the loaders have; one thread alone takes a few per cent less CPU time.
     """
-    jpegs = [sample["jpg"] for shard in index.shards for sample in read_shard(store, shard)]
+    jpegs = [sample["jpg"] for shard in index.shards for sample in iter_shard(store, shard)]
     start = time.process_time()
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(_decode_in_turn, [jpegs[first::workers] for first in range(workers)]))
@@ -299,7 +299,7 @@ def main() -> None:
             for _ in range(args.rounds)
         ]
         profile = profile_ours(settings, args.images // args.batch - WARM_BATCHES - 1)
-        jpegs = [sample["jpg"] for shard in index.shards[:4] for sample in read_shard(store, shard)]
+        jpegs = [sample["jpg"] for shard in index.shards[:4] for sample in iter_shard(store, shard)]
         pools = measure_pools(jpegs, args.workers)
     report(rounds, profile, pools, as_json=args.json)
 

@@ -30,6 +30,29 @@ Untrained = Annotated[
 ]
 
 
+def timesteps_of(text: str) -> range:
+    """`0:300`: time-steps 0 to 299."""
+    start, colon, end = text.partition(":")
+    if not colon or not start.isdecimal() or not end.isdecimal() or int(start) >= int(end):
+        raise typer.BadParameter(f"{text!r} is no range of time-steps such as 0:300")
+    return range(int(start), int(end))
+
+
+Timesteps = Annotated[
+    range | None,
+    typer.Option(
+        parser=timesteps_of,
+        metavar="FROM:TO",
+        help="Only the subsets that time-steps of this half-open range touch, such as 0:300.",
+    ),
+]
+
+
+def ends_of(timesteps: range | None) -> tuple[int, int] | None:
+    """As functions take them."""
+    return None if timesteps is None else (timesteps.start, timesteps.stop)
+
+
 def not_empty(url: str) -> str:
     """An unset shell variable would stand for the working directory."""
     if not url.strip():

@@ -4,7 +4,7 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -15,11 +15,20 @@ from tools.commands.options import (
     LocalDir,
     Overrides,
     Run,
+    Timesteps,
     Untrained,
     check_out_file,
+    ends_of,
+    not_empty,
 )
 from tools.commands.outcome import clear_errors
-from tools.tables import counted, print_losses, print_outlook, print_probes
+from tools.tables import (
+    counted,
+    print_export_outlook,
+    print_losses,
+    print_outlook,
+    print_probes,
+)
 
 
 def demo(
@@ -121,23 +130,47 @@ def plan(
     world_size: Annotated[
         int | None, typer.Option(min=1, help="Workers. Default: cluster.num_workers.")
     ] = None,
+    export: Annotated[
+        bool, typer.Option("--export", help="Plan the export of its features instead.")
+    ] = False,
+    images: Annotated[
+        int | None, typer.Option(min=1, help="With --export: images. Default: LAION-2B's.")
+    ] = None,
+    images_per_second: Annotated[
+        float | None,
+        typer.Option(min=1e-3, help="With --export: of a worker. Default: measured here."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """What each worker will hold in memory, by part and ZeRO stage, before any is started.
+
+    With --export: shards and hours of each worker, and bytes by dtype and time-steps.
 
     Example: diti plan configs/runs/demo.yaml --world-size 8 data.shards=data/avatars/train
     """
     with clear_errors():
         from configs.loading import load_run
 
+        if not export and (images or images_per_second):
+            raise ValueError("--images and --images-per-second belong to --export; give that too")
         config = load_run(run_file, tuple(overrides or ()))
-        from tools.plan import look_ahead
+        workers = world_size or config.cluster.num_workers
+        if export:
+            from tools.export_plan import LAION_2B_IMAGES, look_ahead_to_export
 
-        found = look_ahead(config, world_size or config.cluster.num_workers)
+            size = images or LAION_2B_IMAGES
+            found = look_ahead_to_export(
+                config, workers=workers, images=size, images_per_second=images_per_second
+            )
+            show = print_export_outlook
+        else:
+            from tools.plan import look_ahead
+
+            found, show = look_ahead(config, workers), print_outlook
         if as_json:
             typer.echo(json.dumps(asdict(found), indent=1))
         else:
-            print_outlook(found)
+            show(found)  # pyright: ignore[reportArgumentType] (each has its own)
 
 
 def export(
@@ -154,7 +187,23 @@ def export(
         int | None,
         typer.Option(min=0, help="Checkpoint; 0 is the untrained encoder. Default: newest."),
     ] = None,
+    timesteps: Timesteps = None,
+    dtype: Annotated[
+        Literal["float16", "int8", "float32"],
+        typer.Option(help="Of the values. int8: a scale per dimension, in the manifest."),
+    ] = "float16",
+    copy: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[:KIND]",
+            help="A field of each sample's json that becomes a column: string, int, float or bool.",
+        ),
+    ] = None,
+    error_budget: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of samples that may be unusable.")
+    ] = 0.001,
     workers: Annotated[int, typer.Option(min=1, help="Ray actors, one core each.")] = 2,
+    use_gpu: Annotated[bool, typer.Option(help="A GPU for each, computing in bfloat16.")] = False,
 ) -> None:
     """Encode every image of a shard set into Parquet, one column per time-step subset.
 
@@ -173,6 +222,11 @@ def export(
                 checkpoint_url=checkpoint,
                 config=config,
                 ema=ema,
+                timesteps=ends_of(timesteps),
+                dtype=dtype,
+                copied=dict(kind_of(text) for text in copy or ()),
+                error_budget=error_budget,
+                use_gpu=use_gpu,
                 shards_url=shards,
                 out_url=out,
                 num_workers=workers,
@@ -180,6 +234,19 @@ def export(
                 on_progress=show,
             )
         typer.echo(f"{counted(manifest.rows, 'row')} of {manifest.checkpoint} at {out}")
+        if manifest.skipped:
+            typer.echo(
+                f"{counted(manifest.skipped, 'sample')} could not be used and have no row; "
+                f"`diti data verify {shards} --deep` names them"
+            )
+
+
+def kind_of(text: str) -> tuple[str, Any]:
+    """`width:int`: name and kind of a column to copy; a string without a kind."""
+    name, _, kind = text.partition(":")
+    if not name:
+        raise ValueError(f"--copy {text!r} names no field; give NAME or NAME:KIND")
+    return name, kind or "string"
 
 
 def report(
@@ -216,6 +283,59 @@ def report(
         out.write_text(page, encoding="utf-8")
         print_losses(losses)
         typer.echo(f"report: {out.resolve()}")
+
+
+def publish(
+    out: Annotated[
+        str,
+        typer.Option(
+            metavar="DIR", callback=not_empty, help="Folder for the release: a path or s3://."
+        ),
+    ],
+    run: Run = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Instead of a run: a published .pt file of DiTi or PDAE.")
+    ] = None,
+    config: AuthorsConfig = None,
+    ema: Ema = True,
+    step: Annotated[
+        int | None,
+        typer.Option(min=0, help="Checkpoint; 0 is the untrained encoder. Default: newest."),
+    ] = None,
+    licence: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SPDX", help="Of the weights, such as CC-BY-NC-4.0. Default: not stated."
+        ),
+    ] = None,
+    features: Annotated[
+        tuple[str, str] | None,
+        typer.Option(
+            metavar="TRAIN TEST",
+            help="Two feature sets exported with this encoder, for the probe results on the card.",
+        ),
+    ] = None,
+) -> None:
+    """Write the encoder for others: weights, model card, and code that loads it with torch alone.
+
+    Example: diti publish runs/my-run --out runs/my-run/encoder --licence CC-BY-4.0
+    """
+    with clear_errors():
+        from data_pipelines.object_store import ObjectStore
+        from tools.progress import console
+        from tools.publish import choose_encoder, publish_encoder
+
+        store = ObjectStore()
+        trained = choose_encoder(
+            store, run_url=run, step=step, checkpoint_url=checkpoint, config=config, ema=ema
+        )
+        written = publish_encoder(
+            store, trained, out, ema=ema, licence=licence, features=features, say=console.print
+        )
+        typer.echo(
+            f"encoder of {trained.checkpoint} at {out}: {written.size_bytes} bytes of weights, "
+            f"SHA-256 {written.weights_sha256[:12]}; loaded back, z agrees to {written.error:.1e}"
+        )
 
 
 def launch(
