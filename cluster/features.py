@@ -16,7 +16,6 @@ from data_pipelines.feature_check import (
     set_problems,
     total_problems,
 )
-from data_pipelines.feature_shards import write_feature_shard
 from data_pipelines.feature_store import (
     FeatureManifest,
     FeatureSet,
@@ -168,6 +167,9 @@ def _diff(
 def _convert(
     features: FeatureSet, out_url: str, store: ObjectStore, url: str, name: str
 ) -> Shard | None:
+    # webdataset's writer imports torch, which those who only verify need not wait for.
+    from data_pipelines.feature_shards import write_feature_shard
+
     return write_feature_shard(store, features, name, out_url)
 
 

@@ -130,14 +130,14 @@ def print_export_outlook(outlook: ExportOutlook) -> None:
         f"{outlook.images_per_second:.0f} images/s a worker"
     )
     dtypes = tuple(outlook.choices[0].bytes_per_sample)
-    table = Table("time-steps", "", "dimensions", *(f"{dtype}: bytes, in all" for dtype in dtypes))
+    typer.echo("bytes of a sample with its key and row, and of all of them:")
+    table = Table("time-steps", "dims", *dtypes)
     for choice in outlook.choices:
         table.add_row(
-            f"{choice.timesteps[0]}-{choice.timesteps[1]}",
-            choice.name,
+            f"{choice.timesteps[0]}-{choice.timesteps[1]} {choice.name}",
             str(choice.dims),
             *(
-                f"{size:,.0f}, {size * outlook.images / 1e12:.2f} TB"
+                f"{size:,.0f} B {size * outlook.images / 1e12:.2f} TB"
                 for size in choice.bytes_per_sample.values()
             ),
         )

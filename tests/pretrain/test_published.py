@@ -578,7 +578,7 @@ def test_one_wrong_tensor_is_enough(
     refused(write_run(tmp_path, content), *words)
 
 
-EVERY = pytest.mark.parametrize("every", [9, pytest.param(1, marks=pytest.mark.slow)])
+EVERY = pytest.mark.parametrize("every", [29, pytest.param(1, marks=pytest.mark.slow)])
 """How many tensors further the next one is that is tried."""
 
 
