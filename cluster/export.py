@@ -73,6 +73,8 @@ CPU_LANES = 2
 GPU_LANES = 8
 """On a GPU each of them also decodes, on a core of its own."""
 INTENT_NAME = "export.json"
+MOST_NAMED = 10
+"""Shards that a message names."""
 _COMMIT_THREADS = 16
 _INTENT_SAYS = {
     "encoder_sha256": "encoder",
@@ -178,6 +180,7 @@ def export_features(
         layout=FeatureLayout(columns, "float16", copied=copied or {}),
     )
     _check_claim(store, unscaled, dtype)
+    _refuse_foreign_parts(store, unscaled, index)
     with ray_session(num_cpus=num_workers, num_gpus=num_workers if use_gpu else 0):
         on_start(trained)
         export = _claim(store, unscaled, dtype, trained, index)
@@ -194,10 +197,12 @@ def export_features(
                 f"the same command again to go on."
             ) from error
     if state.failures:
-        causes = "; ".join(f"{stem}: {reason}" for stem, reason in sorted(state.failures.items()))
+        causes = [f"{stem}: {reason}" for stem, reason in sorted(state.failures.items())]
+        more = f" and {len(causes) - MOST_NAMED} more" if len(causes) > MOST_NAMED else ""
         raise ExportFailedError(
-            f"{len(state.failures)} of {len(index.shards)} shards could not be exported: {causes}. "
-            f"Mend them and run the same command again; finished parts are kept."
+            f"{len(causes)} of {len(index.shards)} shards could not be exported: "
+            f"{'; '.join(causes[:MOST_NAMED])}{more}. Mend them and run the same command again; "
+            f"finished parts are kept."
         )
     manifest = _summarise(store, export, trained, index, error_budget)
     publish_manifest(store, out_url, manifest)
@@ -367,6 +372,16 @@ def _check_claim(store: ObjectStore, unscaled: Export, dtype: Dtype) -> Export |
             f"give the options that it was begun with"
         )
     return replace(unscaled, layout=layout)
+
+
+def _refuse_foreign_parts(store: ObjectStore, export: Export, index: ShardIndex) -> None:
+    """Raises ValueError where the folder has Parquet files that no manifest of ours could name."""
+    ours = {export.part_name(shard) for shard in index.shards}
+    if foreign := sorted(parts_listed(store, export.out_url).keys() - ours):
+        raise ValueError(
+            f"{export.out_url} has {len(foreign)} Parquet files that are no part of this export, "
+            f"first {foreign[0]}; readers would take them for features: export into another folder"
+        )
 
 
 def _forget_lost_parts(store: ObjectStore, export: Export) -> None:

@@ -31,7 +31,7 @@ from data_pipelines.feature_store import (
     publish_manifest,
     read_manifest,
 )
-from data_pipelines.object_store import ObjectMissingError, ObjectStore
+from data_pipelines.object_store import ObjectMissingError, ObjectStore, join
 from data_pipelines.shard_index import ShardIndex, read_index, write_index
 from data_pipelines.shard_writer import write_shard
 from pretrain.shard_features import CopyError, EncoderOnDevice, columns_of, copied_fields
@@ -311,6 +311,17 @@ def test_a_folder_holds_one_export(
     with pytest.raises(ValueError, match=message):
         export(checkpoint_file, shards, out, **{"copied": COPIED, **change})
     assert files_of(out) == before
+
+
+@pytest.mark.parametrize("folder", ["the shards' own", "one with other files"])
+def test_a_folder_with_other_parquet_files_is_refused(
+    checkpoint_file: Path, shards: ShardIndex, empty: str, folder: str
+) -> None:
+    out = shards.url if folder == "the shards' own" else empty
+    STORE.write(join(empty, "other/00000.parquet"), b"somebody's")
+    with pytest.raises(ValueError, match="Parquet files that are no part of this export, first "):
+        export(checkpoint_file, shards, out)
+    assert not STORE.exists(join(out, "export.json"))
 
 
 # ------------------------------------------------------------------------------------ bad input

@@ -1,8 +1,8 @@
 """`python -m tools.benchmarks.export`: what an export takes beside the encoder's forward pass.
 
-In one run: processes that only compute the forward pass, one a core; an export of the same images
-on the same cores; the forward pass again. Then, if wanted, an export whose workers and driver are
-killed, gone on with, verified, and compared with the first byte for byte.
+In turns: processes that only compute the forward pass, one a core, and exports of the same images
+on the same cores. Then, if wanted, an export whose workers and driver are killed, gone on with,
+verified, and compared with the first byte for byte.
 """
 
 import argparse
@@ -41,10 +41,10 @@ from pretrain.trained import load_encoder
 from tools.benchmarks.publishing import make_config
 from tools.benchmarks.train_step import IMAGE_SIZE_PX
 
-ROWS_PER_SHARD = 500
+ROWS_PER_SHARD = 250
 FACES = 1_000
 SHARDS = "s3://diti/faces"
-FORWARD_SECONDS = 20.0
+FORWARD_SECONDS = 15.0
 
 
 def write_faces(store: ObjectStore, images: int) -> None:
@@ -196,9 +196,14 @@ def differences(store: ObjectStore, one: str, other: str) -> list[str]:
     return [name for name in names if contents[0].get(name) != contents[1].get(name)]
 
 
+def out_url(number: int) -> str:
+    return f"s3://diti/features-{number}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="An export beside the encoder's forward pass.")
     parser.add_argument("--images", type=int, default=20_000, help="default 20,000")
+    parser.add_argument("--rounds", type=int, default=3, help="exports (default 3)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="default: one a core")
     parser.add_argument("--kill", action="store_true", help="also kill workers and driver")
     args = parser.parse_args()
@@ -208,25 +213,24 @@ def main() -> None:
         store = ObjectStore()
         write_faces(store, args.images)
         encoder_url = train_one_step(store, Path(name))
-        out = "s3://diti/features"
-        before = forward_rate(encoder_url, args.workers)
-        watch = export_watched(store, encoder_url, out, args.workers)
-        after = forward_rate(encoder_url, args.workers)
-        assert watch.first_lease is not None
-        seconds = watch.last_commit - watch.first_lease
-        rate, forward = args.images / seconds, statistics.mean((before, after))
-        print(f"forward pass alone: {before:.1f} before, {after:.1f} images/s after")
-        print(f"export: {args.images} images in {seconds:.1f} s, {rate:.1f} images/s")
-        print(f"export / forward pass: {rate / forward:.3f}")
-        sizes = ", ".join(f"{share:.0%} {watch.at(share)}" for share in (0.1, 0.25, 0.5, 0.75, 1))
-        print(f"memory of the largest worker, MiB, at {sizes}")
+        forward, exported = [forward_rate(encoder_url, args.workers)], []
+        for number in range(args.rounds):
+            watch = export_watched(store, encoder_url, out_url(number), args.workers)
+            assert watch.first_lease is not None
+            exported.append(args.images / (watch.last_commit - watch.first_lease))
+            sizes = ", ".join(f"{share:.0%} {watch.at(share)}" for share in (0.1, 0.5, 1))
+            print(f"memory of the largest worker, MiB, at {sizes}", flush=True)
+            forward.append(forward_rate(encoder_url, args.workers))
+        print(f"forward pass alone, images/s: {', '.join(f'{rate:.0f}' for rate in forward)}")
+        print(f"export, images/s: {', '.join(f'{rate:.0f}' for rate in exported)}")
+        print(f"export / forward pass: {statistics.mean(exported) / statistics.mean(forward):.3f}")
         if args.kill:
             killed_out = "s3://diti/killed"
             for line in export_killed(store, encoder_url, killed_out, args.workers):
                 print(line)
             found = verify_features(store, killed_out, num_workers=args.workers)
             _say_verified(found.manifest, found.problems)
-            print(f"objects that differ: {differences(store, out, killed_out) or 'none'}")
+            print(f"objects that differ: {differences(store, out_url(0), killed_out) or 'none'}")
 
 
 def _say_verified(manifest: FeatureManifest, problems: list[str]) -> None:

@@ -2,9 +2,13 @@
 
 One worker trains the CelebA-64 model on one core; what publishes, loads and serves S3 has another
 core. Steps are told apart by whether the publishing thread was at work when they began and ended.
+As a control, another process uploads as much in the same way from the other core in some of the
+steps: what these take more than those alone is the machine's doing, not the run's.
 """
 
 import argparse
+import hashlib
+import multiprocessing
 import os
 import statistics
 import tempfile
@@ -13,7 +17,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -47,6 +51,10 @@ wandb: {{mode: disabled}}
 """
 
 
+CONTROL_BYTES = 64 * 2**20
+"""Of one upload: several parts, as of a checkpoint's tensors."""
+
+
 class Seconds(NamedTuple):
     """Of one step, or since the start."""
 
@@ -73,21 +81,29 @@ class Steps:
     """In which a checkpoint's tensors were copied; that is on the step path."""
     ending: list[Seconds] = field(default_factory=list)
     """In which a checkpoint became complete."""
+    control: list[Seconds] = field(default_factory=list)
+    """Beside another process that uploads, without a checkpoint on its way."""
+    uploader: "Uploader | None" = None
+    control_from: int = 0
+    """Of the steps from one checkpoint to the next, the last ones are the control's."""
+    every: int = 1
     _last: Seconds = _START
     _was_publishing: bool = True
 
     def note(self, progress: Progress) -> None:
         training = time.thread_time()
         now = Seconds(time.perf_counter(), training, time.process_time() - training)
-        publishing = is_publishing()
+        publishing, uploads = is_publishing(), self.uploader is not None and self.uploader.is_on
         if progress.step > 2:  # the first steps warm up
             kinds = {
-                (False, False): self.alone,
+                (False, False): self.control if uploads else self.alone,
                 (False, True): self.starting,
                 (True, True): self.beside,
                 (True, False): self.ending,
             }
             kinds[self._was_publishing, publishing].append(now - self._last)
+        if self.uploader is not None:
+            self.uploader.turn(on=progress.step % self.every >= self.control_from)
         self._last, self._was_publishing = now, publishing
 
     def cpu_per_save(self) -> float:
@@ -96,6 +112,32 @@ class Steps:
         steps = [*self.starting, *self.beside, *self.ending]
         everything = sum(step.training + step.others for step in steps)
         return (everything - alone * len(steps)) / len(self.starting)
+
+
+class Uploader:
+    """A process on the other core that uploads as a publisher does, while it is turned on."""
+
+    def __init__(self, core: int) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self._wanted, self.is_on = spawn.Event(), False
+        spawn.Process(target=_upload, args=(self._wanted, core), daemon=True).start()
+
+    def turn(self, *, on: bool) -> None:
+        self.is_on = on
+        if on:
+            self._wanted.set()
+        else:
+            self._wanted.clear()
+
+
+def _upload(wanted: Any, core: int) -> None:
+    os.sched_setaffinity(0, {core})
+    store = ObjectStore()
+    content = os.urandom(CONTROL_BYTES)
+    while True:
+        wanted.wait()
+        hashlib.sha256(content).digest()
+        store.write("s3://diti/control", bytes(content))
 
 
 def is_publishing() -> bool:
@@ -152,16 +194,27 @@ def main() -> None:
         with local_s3(folder / "s3") as server:
             os.environ |= server.environment()
             config = make_config(folder, args.batch, args.steps, args.every)
+            found.uploader, found.every = Uploader(1), args.every
+            found.control_from = args.every * 2 // 3
             keep_to_one_core(0, 1)
             run(config, local_dir=folder, report=found.note)
-    kinds = {"alone": found.alone, "beside publishing": found.beside, "that copy": found.starting}
+    kinds = {
+        "alone": found.alone,
+        "beside publishing": found.beside,
+        "beside another process that uploads": found.control,
+        "that copy": found.starting,
+    }
     for what, steps in kinds.items():
         wall, training, _ = (statistics.median(values) for values in zip(*steps, strict=True))
         print(f"{len(steps)} steps {what}: median {wall:.3f} s, {training:.3f} CPU s of training")
-    ratio = statistics.median(step.wall for step in found.beside) / statistics.median(
-        step.wall for step in found.alone
+    alone, beside, control = (
+        statistics.median(step.wall for step in steps)
+        for steps in (found.alone, found.beside, found.control)
     )
-    print(f"beside / alone: {ratio:.3f}; {found.cpu_per_save():.1f} CPU s per checkpoint")
+    print(f"beside publishing / alone: {beside / alone:.3f}")
+    print(f"beside another process / alone: {control / alone:.3f}")
+    print(f"beside publishing / beside another process: {beside / control:.3f}")
+    print(f"{found.cpu_per_save():.1f} CPU s per checkpoint")
 
 
 if __name__ == "__main__":
