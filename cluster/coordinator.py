@@ -2,22 +2,30 @@
 
 It holds the shard index, each rank's reported progress and, for batch work, the lease queue.
 Nothing in it is the only copy: index and finished parts are in object storage, so when the actor
-dies Ray starts it again with the same arguments and it reads them anew.
+dies it is started again with the same arguments and reads them anew; by Ray, or for batch work by a
+driver (`NamedCoordinator`).
 """
 
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError
 
 from cluster.leases import LeaseQueue, QueueState
+from cluster.session import last_line, result_of
 from data_pipelines.object_store import ObjectStore, join
 from data_pipelines.shard_index import ShardIndex, read_sets
 from pretrain.progress import Progress, Pulse
 
 NAMESPACE = "diti"
+FIND_SECONDS = 0.5
+"""Between two looks for a coordinator that is gone."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +33,8 @@ class Work:
     """Batch work: every item is leased to workers until it is done.
 
     With `out_url`, an item becomes one object there, whose existence is the done-marker: it appears
-    whole or not at all. Without it, a restarted coordinator hands everything out again.
+    whole or not at all; what workers hand in for it is not kept. Without it, a restarted
+    coordinator hands everything out again.
     """
 
     items: tuple[str, ...]
@@ -47,6 +56,7 @@ class ShardCoordinator:
         self._progress: dict[int, Progress] = {}
         self._pulses: dict[int, tuple[Pulse, float]] = {}
         self._queue = LeaseQueue([] if work is None else _unfinished(store, work))
+        self._keeps_results = work is not None and work.out_url is None
         self._results: dict[str, Any] = {}
         self._stop_asked = False
 
@@ -88,30 +98,98 @@ class ShardCoordinator:
 
     def finish(self, item: str, result: Any = None) -> None:
         self._queue.finish(item)
-        self._results[item] = result
-
-    def results(self) -> dict[str, Any]:
-        """What workers handed in for each finished item."""
-        return self._results
+        if self._keeps_results:
+            self._results[item] = result
 
     def give_back(self, worker: str, item: str, reason: str) -> None:
         self._queue.give_back(worker, item, reason)
 
+    def release(self, worker: str) -> None:
+        self._queue.release(worker)
+
+    def retry_failed(self) -> None:
+        self._queue.retry_failed()
+
     def work_state(self) -> QueueState:
         return self._queue.state(time.monotonic())
+
+    def outcome(self) -> tuple[QueueState, dict[str, Any]]:
+        """The state of the queue, and what workers handed in for each finished item."""
+        return self.work_state(), self._results
 
 
 def start_coordinator(
     name: str, store: ObjectStore, folders: Sequence[str] = (), work: Work | None = None
 ) -> Any:
-    """Start the named actor, or the handle of the one that already runs."""
-    actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(ShardCoordinator)
+    """Start the named actor, or the handle of the one that already runs.
+
+    Ray restarts it, but for one with work: of that it would have lost the items, because it does
+    not keep large arguments (https://github.com/ray-project/ray/issues/53727). A `NamedCoordinator`
+    starts it again.
+    """
+    actor = ray.remote(num_cpus=0, max_task_retries=-1)(ShardCoordinator)
     return actor.options(
         name=name,
         namespace=NAMESPACE,
         get_if_exists=True,
+        max_restarts=-1 if work is None else 0,
         enable_task_events=False,  # a third of a report's cost, and nobody looks reports up
     ).remote(store, folders, work)
+
+
+class NamedCoordinator:
+    """The coordinator of a name, for those who call it: the actor may be another one each time.
+
+    An actor ends with the driver that started it. Whichever driver finds that it is gone starts it
+    again, from what is in object storage, and the calls of all others wait for that.
+
+    Args:
+        start: starts the actor where there is none; without it, calls wait until someone has.
+    """
+
+    def __init__(self, name: str, start: Callable[[], Any] | None = None) -> None:
+        self._name = name
+        self._start = start
+        self._actor: Any = None
+        self._is_ours = False
+
+    def ask(self, call: Callable[[Any], Any]) -> Any:
+        """What the actor answers to a call such as `lambda actor: actor.lease.remote("me")`.
+
+        Raises:
+            RayActorError: the actor cannot be built: its storage does not answer, for one.
+        """
+        while True:
+            actor = self._actor
+            if actor is None:
+                actor = self._actor = self._find()
+            try:
+                return result_of(call(actor))
+            except RayActorError as error:
+                if error.actor_init_failed:
+                    raise
+                if self._is_ours:
+                    _log.warning("coordinator %s died: %s", self._name, last_line(error))
+                self._actor = None
+                time.sleep(FIND_SECONDS)
+
+    def end(self) -> None:
+        """End the actor if it was started here; one that others have started, they still need."""
+        if self._is_ours and self._actor is not None:
+            ray.kill(self._actor)
+
+    def _find(self) -> Any:
+        while True:
+            try:
+                found = ray.get_actor(self._name, namespace=NAMESPACE)
+            except ValueError:
+                if self._start is not None:
+                    self._is_ours = True
+                    return self._start()
+                time.sleep(FIND_SECONDS)
+            else:
+                self._is_ours = False
+                return found
 
 
 def _unfinished(store: ObjectStore, work: Work) -> list[str]:

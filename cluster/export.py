@@ -9,8 +9,8 @@ A part appears whole or not at all and is never written twice, so an export that
 on where it was, and ends in the same bytes as one that was not.
 """
 
+import hashlib
 import json
-import uuid
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -24,9 +24,9 @@ import ray
 import torch
 from ray.exceptions import RayError
 
-from cluster.coordinator import Work, start_coordinator
+from cluster.coordinator import NamedCoordinator, Work
 from cluster.leases import QueueState
-from cluster.session import last_line, ray_session, result_of
+from cluster.session import last_line, ray_session
 from cluster.work import run_workers, work_off
 from data_pipelines.bad_samples import ranked_causes
 from data_pipelines.feature_part import (
@@ -179,22 +179,36 @@ def export_features(
         precision="bf16" if use_gpu else "fp32",
         layout=FeatureLayout(columns, "float16", copied=copied or {}),
     )
-    _check_claim(store, unscaled, dtype)
     _refuse_foreign_parts(store, unscaled, index)
-    with ray_session(num_cpus=num_workers, num_gpus=num_workers if use_gpu else 0):
-        on_start(trained)
-        export = _claim(store, unscaled, dtype, trained, index)
-        _forget_lost_parts(store, export)
-        work = Work(tuple(_stem(shard) for shard in index.shards), export.commits_url, ".json")
-        name = f"export-{uuid.uuid4().hex[:8]}"
-        coordinator = start_coordinator(name, store, (shards_url,), work)
+    export = _claim(store, unscaled, dtype, trained, index)
+    on_start(trained)
+    if _uncommitted(store, export, index):
+        _work_off(store, load, export, index, num_workers, on_progress)
+    manifest = _summarise(store, export, trained, index, error_budget)
+    publish_manifest(store, out_url, manifest)
+    return manifest
+
+
+def _work_off(
+    store: ObjectStore,
+    load: EncoderLoader,
+    export: Export,
+    index: ShardIndex,
+    num_workers: int,
+    on_progress: Callable[[QueueState], None],
+) -> None:
+    """Have workers export what is left, beside those of other drivers of the same export."""
+    work = Work(tuple(_stem(shard) for shard in index.shards), export.commits_url, ".json")
+    name = f"export-{hashlib.sha256(export.out_url.encode()).hexdigest()[:16]}"
+    num_gpus = num_workers if export.precision == "bf16" else 0
+    with ray_session(num_cpus=num_workers, num_gpus=num_gpus):
         workers = [_start_worker(store, load, export) for _ in range(num_workers)]
         try:
-            state, _ = run_workers(workers, coordinator, on_progress)
+            state, _ = run_workers(name, store, work, workers, on_progress, (index.url,))
         except (StoreError, RayError) as error:
             raise ExportFailedError(
-                f"export into {out_url} stopped: {last_line(error)}. Finished parts are kept; run "
-                f"the same command again to go on."
+                f"export into {export.out_url} stopped: {last_line(error)}. Finished parts are "
+                f"kept; run the same command again to go on."
             ) from error
     if state.failures:
         causes = [f"{stem}: {reason}" for stem, reason in sorted(state.failures.items())]
@@ -204,9 +218,6 @@ def export_features(
             f"{'; '.join(causes[:MOST_NAMED])}{more}. Mend them and run the same command again; "
             f"finished parts are kept."
         )
-    manifest = _summarise(store, export, trained, index, error_budget)
-    publish_manifest(store, out_url, manifest)
-    return manifest
 
 
 def export_shard(
@@ -294,20 +305,14 @@ class _ExportWorker:
         self._encoder = EncoderOnDevice(trained, use_gpu=use_gpu)
         self._lanes = GPU_LANES if use_gpu else CPU_LANES
 
-    def work(self, name: str, coordinator: Any) -> None:
-        index: ShardIndex = result_of(coordinator.index.remote())
+    def work(self, name: str, coordinator: NamedCoordinator) -> None:
+        index: ShardIndex = coordinator.ask(lambda actor: actor.index.remote())
         shards = {_stem(shard): shard for shard in index.shards}
 
         def export(stem: str) -> None:
             export_shard(self._store, self._encoder, self._export, shards[stem])
 
-        with ThreadPoolExecutor(self._lanes, "lane") as pool:
-            lanes = [
-                pool.submit(work_off, f"{name}-{lane}", coordinator, export)
-                for lane in range(self._lanes)
-            ]
-            for lane in lanes:
-                lane.result()
+        work_off(name, coordinator, export, lanes=self._lanes)
 
 
 def _start_worker(store: ObjectStore, load: EncoderLoader, export: Export) -> Any:
@@ -384,14 +389,18 @@ def _refuse_foreign_parts(store: ObjectStore, export: Export, index: ShardIndex)
         )
 
 
-def _forget_lost_parts(store: ObjectStore, export: Export) -> None:
-    """Take back the commit of every part that is gone, so that it is made anew."""
+def _uncommitted(store: ObjectStore, export: Export, index: ShardIndex) -> bool:
+    """Whether a shard is left to do. The commit of a part that is gone is taken back."""
     commits = store.list(export.commits_url)  # before the parts: another driver may be at work
     parts = parts_listed(store, export.out_url)
+    done = 0
     for commit in commits:
         stem = commit.url.removeprefix(export.commits_url + "/").removesuffix(".json")
-        if part_name(export.source, stem) not in parts:
+        if part_name(export.source, stem) in parts:
+            done += 1
+        else:
             store.delete(commit.url)
+    return done < len(index.shards)
 
 
 def _summarise(

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from cluster.batch import on_each
 from cluster.leases import QueueState
-from cluster.on_tars import on_every_tar
 from data_pipelines.feature_check import (
     ColumnDiff,
     PartCheck,
@@ -54,7 +54,7 @@ def verify_features(
 
     Raises:
         StoreError, FeatureMismatchError, ShardMismatchError: no manifest, or no index to join with.
-        TarWorkFailedError: the store or Ray failed.
+        BatchFailedError: the store or Ray failed.
     """
     url = absolute(url)
     manifest = open_features(url, store=store).manifest
@@ -66,7 +66,7 @@ def verify_features(
         problems += set_problems(store, manifest, index, source)
         shards = _by_part(index, source)
     listed = [name for name in manifest.parts if not with_shards or name in shards]
-    checks: dict[str, PartCheck] = on_every_tar(
+    checks: dict[str, PartCheck] = on_each(
         store, url, listed, num_workers, partial(_check, manifest, shards), on_progress
     )
     problems += [problem for name in listed for problem in checks[name].problems]
@@ -106,7 +106,7 @@ def diff_features(
 
     Raises:
         StoreError, FeatureMismatchError: one is no feature set, or damaged.
-        TarWorkFailedError: the store or Ray failed.
+        BatchFailedError: the store or Ray failed.
     """
     first, second = (open_features(url, store=store) for url in (first_url, second_url))
     one, other = first.manifest, second.manifest
@@ -114,7 +114,7 @@ def diff_features(
     diffs: dict[str, PartDiff] = {}
     if both:
         task = partial(_diff, first, second)
-        diffs = on_every_tar(store, first.url, both, num_workers, task, on_progress)
+        diffs = on_each(store, first.url, both, num_workers, task, on_progress)
     columns = {
         column.name: sum((diffs[name].columns[column.name] for name in both), ColumnDiff())
         for column in common_columns(one, other)
@@ -141,14 +141,14 @@ def features_to_shards(
     Raises:
         FileExistsError: there is a shard set already.
         StoreError, FeatureMismatchError, ValueError: no such features, or time-steps.
-        TarWorkFailedError: the store or Ray failed.
+        BatchFailedError: the store or Ray failed.
     """
     features, out_url = open_features(url, timesteps, store=store), absolute(out_url)
     if store.exists(join(out_url, INDEX_NAME)):
         raise FileExistsError(f"{out_url} holds a shard set already; choose another folder")
     names = list(features.manifest.parts)
     task = partial(_convert, features, out_url)
-    made = on_every_tar(store, features.url, names, num_workers, task, on_progress)
+    made = on_each(store, features.url, names, num_workers, task, on_progress)
     return write_index(store, out_url, [made[name] for name in names if made[name] is not None])
 
 

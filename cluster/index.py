@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from cluster.batch import mapped, on_each
 from cluster.leases import QueueState
-from cluster.on_tars import mapped, on_every_tar
 from data_pipelines.decoding import DecodeError
 from data_pipelines.object_store import (
     ObjectInfo,
@@ -59,13 +59,13 @@ def index_set(
 
     Raises:
         ValueError: there is no tar that can be used.
-        TarWorkFailedError: the store or Ray failed; the same call goes on from there.
+        BatchFailedError: the store or Ray failed; the same call goes on from there.
     """
     url = absolute(url)
     names = [name for name in _names_of(url, store.list(url)) if name.endswith(".tar")]
     if not names:
         raise ValueError(f"there is no .tar below {url}; check the URL")
-    found = on_every_tar(store, url, names, num_workers, _index_one, on_progress)
+    found = on_each(store, url, names, num_workers, _index_one, on_progress)
     shards = [shard for name in names if (shard := found[name].shard) is not None]
     if not shards:
         raise ValueError(
@@ -91,7 +91,7 @@ def verify_set(
             and no interleaved sample is seen.
 
     Raises:
-        TarWorkFailedError: the store or Ray failed.
+        BatchFailedError: the store or Ray failed.
     """
     index = index.moved(absolute)
     listing = store.list(index.url)
@@ -105,7 +105,7 @@ def verify_set(
         readable = (shard for shard in index.shards if {shard.url, shard.members_url} <= there)
         names = [shard.name for shard in readable] + sorted(unindexed)
         task = partial(_verify_one, {shard.name: shard for shard in index.shards})
-        found = on_every_tar(store, index.url, names, num_workers, task, on_progress)
+        found = on_each(store, index.url, names, num_workers, task, on_progress)
         problems |= {name: problem for name, (problem, _) in found.items() if problem}
         interleaved = sum(count for _, count in found.values())
     return [f"{name} {problem}" for name, problem in sorted(problems.items())], interleaved

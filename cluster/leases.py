@@ -1,10 +1,11 @@
 """A work queue with leases: pure bookkeeping, the clock is an argument.
 
 An item is waiting, leased, done or failed. A lease that is not renewed in time goes back to the
-queue; an item that was handed out too often is failed and named, not tried for ever.
+queue; an item that was handed out too often is failed and named, not tried for ever. What a call
+costs does not grow with the number of items.
 """
 
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -32,7 +33,7 @@ class _Lease:
 
 
 class LeaseQueue:
-    """Items by name; times are seconds of any one clock.
+    """Items by name; times are seconds of any one clock that never goes back.
 
     Args:
         lease_seconds: a lease lasts this long after it was given or renewed.
@@ -42,10 +43,12 @@ class LeaseQueue:
     def __init__(
         self, items: Iterable[str], *, lease_seconds: float = LEASE_SECONDS, max_attempts: int = 3
     ) -> None:
-        self._waiting = deque(items)
-        self._leases: dict[str, _Lease] = {}
-        self._attempts = dict.fromkeys(self._waiting, 0)
-        self._reasons: dict[str, str] = {}
+        # A plain dict keeps an order too, but finding its first key walks over every key that was
+        # taken out before it.
+        self._waiting = OrderedDict.fromkeys(items)
+        self._leases: OrderedDict[str, _Lease] = OrderedDict()
+        """The next one to expire comes first: all last equally long, and a renewed one moves."""
+        self._attempts: dict[str, int] = {}
         self._failures: dict[str, str] = {}
         self._done: set[str] = set()
         self._lease_seconds = lease_seconds
@@ -56,8 +59,8 @@ class LeaseQueue:
         self._expire(now)
         if not self._waiting:
             return None
-        item = self._waiting.popleft()
-        self._attempts[item] += 1
+        item, _ = self._waiting.popitem(last=False)
+        self._attempts[item] = self._attempts.get(item, 0) + 1
         self._leases[item] = _Lease(worker, now + self._lease_seconds)
         return item
 
@@ -68,14 +71,15 @@ class LeaseQueue:
         if lease is None or lease.worker != worker:
             return False
         lease.expires = now + self._lease_seconds
+        self._leases.move_to_end(item)
         return True
 
     def finish(self, item: str) -> None:
         """An item's result exists. Whoever made it, it need not be made again."""
+        self._waiting.pop(item, None)
         self._leases.pop(item, None)
         self._failures.pop(item, None)
-        if item in self._waiting:
-            self._waiting.remove(item)
+        self._attempts.pop(item, None)
         self._done.add(item)
 
     def give_back(self, worker: str, item: str, reason: str) -> None:
@@ -84,6 +88,23 @@ class LeaseQueue:
         if lease is not None and lease.worker == worker:
             self._return(item, reason)
 
+    def release(self, worker: str) -> None:
+        """A worker's process has died: what it held is tried again, without waiting for the time.
+
+        It goes to the end of the queue, as all that comes back: what has killed one worker may kill
+        the next, and must not do so again before all else is done. Looks at every lease that is
+        out, but happens once in a process's life.
+        """
+        for item in [item for item, lease in self._leases.items() if lease.worker == worker]:
+            self._return(item, f"worker {worker} died")
+
+    def retry_failed(self) -> None:
+        """What has failed is tried again, with all its attempts before it."""
+        for item in self._failures:
+            del self._attempts[item]
+            self._waiting[item] = None
+        self._failures.clear()
+
     def state(self, now: float) -> QueueState:
         self._expire(now)
         return QueueState(
@@ -91,12 +112,15 @@ class LeaseQueue:
         )
 
     def _expire(self, now: float) -> None:
-        for item in [item for item, lease in self._leases.items() if lease.expires <= now]:
-            self._return(item, f"worker {self._leases[item].worker} stopped renewing its lease")
+        while self._leases:
+            item, lease = next(iter(self._leases.items()))
+            if lease.expires > now:
+                return
+            self._return(item, f"worker {lease.worker} stopped renewing its lease")
 
     def _return(self, item: str, reason: str) -> None:
         del self._leases[item]
         if self._attempts[item] >= self._max_attempts:
             self._failures[item] = f"{reason} (attempt {self._attempts[item]})"
         else:
-            self._waiting.append(item)
+            self._waiting[item] = None

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from functools import partial
 
+from cluster.batch import mapped, on_each
 from cluster.leases import QueueState
-from cluster.on_tars import mapped, on_every_tar
 from data_pipelines.object_store import ObjectStore, absolute
 from data_pipelines.sample_reader import member_sample
 from data_pipelines.set_stats import SetStats
@@ -21,12 +21,12 @@ def count_set(
     """Statistics of every sample of a shard set.
 
     Raises:
-        TarWorkFailedError: a tar is not the one that was indexed, or the store or Ray failed.
+        BatchFailedError: a tar is not the one that was indexed, or the store or Ray failed.
     """
     index = index.moved(absolute)
     shards = {shard.name: shard for shard in index.shards}
     task = partial(_count_one, shards)
-    found = on_every_tar(store, index.url, list(shards), num_workers, task, on_progress)
+    found = on_each(store, index.url, list(shards), num_workers, task, on_progress)
     whole = SetStats()
     for name in shards:  # sums of floats depend on their order
         whole += found[name]

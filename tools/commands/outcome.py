@@ -43,9 +43,9 @@ def _code_of(error: Exception) -> int | None:
     """Of errors whose modules are too slow to import before one has happened."""
     from concurrent.futures import BrokenExecutor
 
+    from cluster.batch import BatchFailedError
     from cluster.export import ExportFailedError
     from cluster.launch import RunFailedError, RunStoppedError
-    from cluster.on_tars import TarWorkFailedError
     from cluster.session import ClusterError
     from data_pipelines.local_s3 import LocalS3Error
 
@@ -54,7 +54,7 @@ def _code_of(error: Exception) -> int | None:
     failures = (
         RunFailedError,
         ExportFailedError,
-        TarWorkFailedError,
+        BatchFailedError,
         ClusterError,
         LocalS3Error,
         BrokenExecutor,

@@ -1,4 +1,4 @@
-"""One task on every tar of a folder, on Ray actors that lease tars from the coordinator."""
+"""A task on each of many files of a folder, on Ray actors that lease them from the coordinator."""
 
 import mmap
 import uuid
@@ -9,7 +9,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from cluster.coordinator import Work, start_coordinator
+from cluster.coordinator import NamedCoordinator, Work
 from cluster.leases import QueueState
 from cluster.session import last_line, ray_session
 from cluster.work import run_workers, work_off
@@ -17,14 +17,14 @@ from data_pipelines.object_store import ObjectStore, StoreError
 from data_pipelines.tar_members import Tar
 
 Task = Callable[[ObjectStore, str, str], Any]
-"""(store, folder URL, tar's name) to a result that Ray can send."""
+"""(store, folder URL, name of a file) to a result that Ray can send."""
 
 
-class TarWorkFailedError(RuntimeError):
-    """Work on a shard set stopped before its end; what is done is kept."""
+class BatchFailedError(RuntimeError):
+    """Work on a folder stopped before its end; what is done is kept."""
 
 
-def on_every_tar(
+def on_each(
     store: ObjectStore,
     url: str,
     names: Sequence[str],
@@ -32,28 +32,27 @@ def on_every_tar(
     task: Task,
     on_progress: Callable[[QueueState], None],
 ) -> dict[str, Any]:
-    """The task's result for every tar below `url`, by name.
+    """The task's result for each file below `url`, by name.
 
     Raises:
-        TarWorkFailedError: the store or Ray failed.
+        BatchFailedError: the store or Ray failed.
     """
     with ray_session(num_cpus=num_workers):
-        coordinator = start_coordinator(
-            f"tars-{uuid.uuid4().hex[:8]}", store, work=Work(tuple(names))
-        )
         actor: Any = ray.remote(num_cpus=1, max_restarts=3, max_task_retries=3)(_Worker)
         workers = [actor.remote(store, url, task) for _ in range(min(num_workers, len(names)))]
         try:
-            state, results = run_workers(workers, coordinator, on_progress)
+            state, results = run_workers(
+                f"batch-{uuid.uuid4().hex[:8]}", store, Work(tuple(names)), workers, on_progress
+            )
         except (StoreError, RayError) as error:
-            raise TarWorkFailedError(
+            raise BatchFailedError(
                 f"work on {url} stopped: {last_line(error)}. What is done is kept; run the same "
                 f"command again to go on."
             ) from error
     if state.failures:
         name, reason = next(iter(sorted(state.failures.items())))
-        raise TarWorkFailedError(
-            f"{len(state.failures)} of {len(names)} tars below {url} could not be read, first "
+        raise BatchFailedError(
+            f"{len(state.failures)} of {len(names)} files below {url} could not be read, first "
             f"{name}: {reason}. What is done is kept; run the same command again to go on."
         )
     return results
@@ -63,7 +62,7 @@ class _Worker:
     def __init__(self, store: ObjectStore, url: str, task: Task) -> None:
         self._store, self._url, self._task = store, url, task
 
-    def work(self, name: str, coordinator: Any) -> None:
+    def work(self, name: str, coordinator: NamedCoordinator) -> None:
         work_off(name, coordinator, lambda item: self._task(self._store, self._url, item))
 
 
