@@ -71,7 +71,7 @@ def member_sample(
 def iter_shard(
     store: ObjectStore, shard: Shard, extensions: Sequence[str] | None = None
 ) -> Iterator[Sample]:
-    """Every raw sample of one shard, in order of row, from large reads one after the other.
+    """Every raw sample of one shard, in order of row, from large reads, one ahead of the other.
 
     Args:
         extensions: of the members that are wanted; all of them for None.
@@ -81,14 +81,23 @@ def iter_shard(
     """
     table = read_members(store, shard)
     wanted = table.those_of(extensions)
-    for first, last in _reads(table, wanted):
-        start, end = row_span(table, first, last, wanted)
-        window = store.read(shard.url, start, end) if end - start <= MAX_WINDOW_BYTES else b""
-        for row in range(first, last):
-            try:
-                yield member_sample(table, row, shard.url, window, start, wanted)
-            except ShardMismatchError:  # a bit that flipped on the way, or a window too long
-                yield read_sample(store, shard.url, table, row, wanted)
+
+    def read(rows: tuple[int, int]) -> tuple[bytes, int]:
+        start, end = row_span(table, *rows, wanted)
+        return store.read(shard.url, start, end) if end - start <= MAX_WINDOW_BYTES else b"", start
+
+    with ThreadPoolExecutor(1, "read-ahead") as pool:
+        reads = list(_reads(table, wanted))
+        coming = pool.submit(read, reads[0])
+        for number, (first, last) in enumerate(reads, start=1):
+            window, start = coming.result()
+            if number < len(reads):
+                coming = pool.submit(read, reads[number])
+            for row in range(first, last):
+                try:
+                    yield member_sample(table, row, shard.url, window, start, wanted)
+                except ShardMismatchError:  # a bit that flipped on the way, or a window too long
+                    yield read_sample(store, shard.url, table, row, wanted)
 
 
 def _reads(table: MemberTable, extensions: Sequence[str]) -> Iterator[tuple[int, int]]:

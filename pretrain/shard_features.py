@@ -6,7 +6,8 @@ Letters: B images of a batch, D dimensions of z.
 import json
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from contextlib import nullcontext
+from itertools import chain, islice
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -47,9 +48,11 @@ class CopyError(ValueError):
 
 
 class EncoderOnDevice:
-    """Images (B, H, W, 3) uint8 to z (B, D) float32; for several threads, one batch at a time.
+    """Images (B, H, W, 3) uint8 to z (B, D) float32, for several threads.
 
-    On a GPU it computes compiled and in bfloat16, always on full batches: one shape, one graph.
+    On a GPU it computes compiled and in bfloat16, one batch at a time, always full ones: one shape,
+    one graph. On a CPU whole shards take turns: threads that alternate batch by batch would all
+    read, then all compute, then all write.
     """
 
     def __init__(self, trained: TrainedEncoder, *, use_gpu: bool) -> None:
@@ -59,12 +62,13 @@ class EncoderOnDevice:
         self._encoder: Any = trained.encoder
         if use_gpu:
             self._encoder = torch.compile(trained.encoder.to("cuda", torch.bfloat16))
-        self._lock = threading.Lock()
+        self.shard_turn = nullcontext() if use_gpu else threading.Lock()
+        self._batch_turn = threading.Lock() if use_gpu else nullcontext()
 
     @torch.inference_mode()
     def __call__(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
         images = torch.from_numpy(images_BHWC).permute(0, 3, 1, 2)
-        with self._lock:
+        with self._batch_turn:
             if not self._use_gpu:
                 return self._encoder(images.float() / 127.5 - 1).float().numpy()
             full = images.new_zeros((self.batch_size, *images.shape[1:]))
@@ -111,22 +115,25 @@ def encode_shard(
     copied: dict[str, list[Any]] = {name: [] for name in layout.copied}
     skipped: dict[int, str] = {}
     features = [np.empty((0, layout.num_dims), np.float32)]
-    for batch in _batches(iter_shard(store, shard, extensions), encoder.batch_size):
-        images = []
-        for sample in batch:
-            try:
-                image = decode_sample(sample, encoder.image_size_px)
-                fields = copied_fields(sample, layout.copied)
-            except (DecodeError, CopyError) as error:
-                skipped[sample["__row__"]] = _reason(error)
-                continue
-            images.append(image)
-            keys.append(sample["__key__"])
-            rows.append(sample["__row__"])
-            for name, value in fields.items():
-                copied[name].append(value)
-        if images:
-            features.append(encoder(np.stack(images))[:, slice(*layout.dims)])
+    batches = _batches(iter_shard(store, shard, extensions), encoder.batch_size)
+    first = next(batches)  # is there before the turn comes
+    with encoder.shard_turn:
+        for batch in chain([first], batches):
+            images = []
+            for sample in batch:
+                try:
+                    image = decode_sample(sample, encoder.image_size_px)
+                    fields = copied_fields(sample, layout.copied)
+                except (DecodeError, CopyError) as error:
+                    skipped[sample["__row__"]] = _reason(error)
+                    continue
+                images.append(image)
+                keys.append(sample["__key__"])
+                rows.append(sample["__row__"])
+                for name, value in fields.items():
+                    copied[name].append(value)
+            if images:
+                features.append(encoder(np.stack(images))[:, slice(*layout.dims)])
     return encode_part(
         layout,
         origin,

@@ -45,6 +45,7 @@ ROWS_PER_SHARD = 250
 FACES = 1_000
 SHARDS = "s3://diti/faces"
 FORWARD_SECONDS = 15.0
+LOOK_SECONDS = 2.0
 
 
 def write_faces(store: ObjectStore, images: int) -> None:
@@ -121,6 +122,8 @@ class Watch:
     last_commit: float = 0.0
     memory_mib: list[int] = field(default_factory=list)
     """Of the largest worker, at every look."""
+    _workers: list[psutil.Process] = field(default_factory=list)
+    _looked: float = 0.0
 
     def note(self, state: QueueState) -> None:
         now = time.perf_counter()
@@ -128,9 +131,10 @@ class Watch:
             self.first_lease = now
         if not self.last_commit and not state.waiting and not state.leased:
             self.last_commit = now
-        sizes = [process.memory_info().rss for process in exporters(os.getpid())]
-        if sizes and not self.last_commit:
-            self.memory_mib.append(max(sizes) >> 20)
+        if self.first_lease and not self.last_commit and now - self._looked > LOOK_SECONDS:
+            self._looked = now
+            self._workers = self._workers or exporters(os.getpid())  # once: a walk through /proc
+            self.memory_mib.append(max(each.memory_info().rss for each in self._workers) >> 20)
 
     def at(self, share: float) -> int:
         return self.memory_mib[min(len(self.memory_mib) - 1, int(share * len(self.memory_mib)))]
