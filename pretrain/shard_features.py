@@ -110,39 +110,50 @@ def encode_shard(
         ValueError: a feature is no finite number.
     """
     extensions = [*IMAGE_EXTENSIONS, *(["json"] if layout.copied else [])]
-    keys: list[str] = []
-    rows: list[int] = []
-    copied: dict[str, list[Any]] = {name: [] for name in layout.copied}
-    skipped: dict[int, str] = {}
-    features = [np.empty((0, layout.num_dims), np.float32)]
+    usable = _Usable(layout.copied)
     batches = _batches(iter_shard(store, shard, extensions), encoder.batch_size)
     first = next(batches)  # is there before the turn comes
+    decoded = (usable.decode(batch, encoder.image_size_px) for batch in chain([first], batches))
     with encoder.shard_turn:
-        for batch in chain([first], batches):
-            images = []
-            for sample in batch:
-                try:
-                    image = decode_sample(sample, encoder.image_size_px)
-                    fields = copied_fields(sample, layout.copied)
-                except (DecodeError, CopyError) as error:
-                    skipped[sample["__row__"]] = _reason(error)
-                    continue
-                images.append(image)
-                keys.append(sample["__key__"])
-                rows.append(sample["__row__"])
-                for name, value in fields.items():
-                    copied[name].append(value)
-            if images:
-                features.append(encoder(np.stack(images))[:, slice(*layout.dims)])
+        z = [encoder(np.stack(images)) for images in decoded if images]
+    stored = [block[:, slice(*layout.dims)] for block in z]
     return encode_part(
         layout,
         origin,
-        keys=keys,
-        rows=rows,
-        features=np.concatenate(features),
-        copied=copied,
-        skipped=skipped,
+        keys=usable.keys,
+        rows=usable.rows,
+        features=np.concatenate([np.empty((0, layout.num_dims), np.float32), *stored]),
+        copied=usable.copied,
+        skipped=usable.skipped,
     )
+
+
+class _Usable:
+    """Samples of a shard that can be used, in order, and why the others cannot."""
+
+    def __init__(self, kinds: Mapping[str, CopiedKind]) -> None:
+        self.keys: list[str] = []
+        self.rows: list[int] = []
+        self.copied: dict[str, list[Any]] = {name: [] for name in kinds}
+        self.skipped: dict[int, str] = {}
+        self._kinds = kinds
+
+    def decode(self, batch: Iterable[Sample], size_px: int) -> list[NDArray[np.uint8]]:
+        """The images of those of a batch that can be used."""
+        images = []
+        for sample in batch:
+            try:
+                image = decode_sample(sample, size_px)
+                fields = copied_fields(sample, self._kinds)
+            except (DecodeError, CopyError) as error:
+                self.skipped[sample["__row__"]] = _reason(error)
+                continue
+            images.append(image)
+            self.keys.append(sample["__key__"])
+            self.rows.append(sample["__row__"])
+            for name, value in fields.items():
+                self.copied[name].append(value)
+        return images
 
 
 def copied_fields(sample: Sample, kinds: Mapping[str, CopiedKind]) -> dict[str, Any]:
