@@ -28,6 +28,7 @@ from cluster.coordinator import NamedCoordinator, Work
 from cluster.leases import QueueState
 from cluster.session import last_line, ray_session
 from cluster.work import run_workers, work_off
+from configs.loading import digest_of_json
 from data_pipelines.bad_samples import ranked_causes
 from data_pipelines.feature_part import (
     CopiedKind,
@@ -121,6 +122,25 @@ class Export:
 
     def origin(self, shard: Shard) -> PartOrigin:
         return PartOrigin(self.encoder_sha256, shard.name, shard.sha256)
+
+    def commit(self, shard: Shard, summary: PartSummary) -> bytes:
+        """What says that a shard is done, and for which export."""
+        value = self._of(shard) | {"summary": summary.to_json()}
+        return json.dumps(value | {"sha256": digest_of_json(value)}, allow_nan=False).encode()
+
+    def summary_in(self, shard: Shard, commit: bytes) -> PartSummary:
+        """Raises ValueError, KeyError, TypeError, ... where it is no commit of this export."""
+        value = json.loads(commit)
+        digest = value.pop("sha256")
+        if digest_of_json(value) != digest:
+            raise ValueError("it was changed")
+        summary = PartSummary.from_json(value.pop("summary"))
+        if value != self._of(shard):
+            raise ValueError("it is that of another encoder, layout or tar")
+        return summary
+
+    def _of(self, shard: Shard) -> dict[str, Any]:
+        return asdict(self.origin(shard)) | {"layout_sha256": self.layout.digest}
 
     def intent(self) -> dict[str, Any]:
         """Plain values that claim a folder for it."""
@@ -250,7 +270,7 @@ def export_shard(
             )
     except FeatureMismatchError as error:
         raise FeatureMismatchError(f"{error}; delete it, and this export makes it anew") from error
-    store.write(export.commit_url(shard), summary.to_json())
+    store.write(export.commit_url(shard), export.commit(shard, summary))
 
 
 def _choose_encoder(
@@ -415,22 +435,24 @@ def _summarise(
     Raises:
         ExportFailedError: a commit is damaged, or too many samples were skipped.
     """
-    layout, causes = export.layout, Counter[str]()
+    layout, causes, first = export.layout, Counter[str](), ""
     parts, total, squares = {}, np.zeros(layout.num_dims), np.zeros(layout.num_dims)
     with ThreadPoolExecutor(_COMMIT_THREADS) as pool:
         commits = pool.map(partial(_read_commit, store, export), index.shards)
         for shard, commit in zip(index.shards, commits, strict=True):
             parts[export.part_name(shard)] = commit.info
             causes.update(reason.partition(":")[0] for reason in commit.skipped.values())
+            for row, reason in list(commit.skipped.items())[:1]:
+                first = first or f"row {row} of {shard.name}: {reason}"
             total += commit.sum
             squares += commit.sum_of_squares
     rows, skipped = index.num_samples - causes.total(), causes.total()
     if skipped > error_budget * index.num_samples or not rows:
         raise ExportFailedError(
             f"{skipped} of {index.num_samples} samples could not be used "
-            f"({ranked_causes(causes)}), {int(error_budget * index.num_samples)} are allowed. "
-            f"`diti data verify {index.url} --deep` names them; raise --error-budget to leave them "
-            f"out. Finished parts are kept."
+            f"({ranked_causes(causes)}), {int(error_budget * index.num_samples)} are allowed; "
+            f"first {first}. {export.commits_url} names them all. Raise --error-budget to leave "
+            f"them out; finished parts are kept."
         )
     mean = total / rows
     return FeatureManifest(
@@ -453,14 +475,15 @@ def _summarise(
 def _read_commit(store: ObjectStore, export: Export, shard: Shard) -> PartSummary:
     where = export.commit_url(shard)
     try:
-        commit = PartSummary.from_json(store.read(where))
-        if commit.sum.shape != (export.layout.num_dims,):
-            raise ValueError(f"it has {len(commit.sum)} dimensions")
-    except (KeyError, TypeError, ValueError, ObjectMissingError) as error:
+        return export.summary_in(shard, store.read(where))
+    except (
+        *(KeyError, TypeError, ValueError, AttributeError, RecursionError),
+        ObjectMissingError,
+    ) as error:
         raise ExportFailedError(
-            f"{where} is damaged ({error}); delete it, and run the same command again"
+            f"{where} is damaged, or another export's ({error}); delete it and its part, and run "
+            f"the same command again"
         ) from error
-    return commit
 
 
 def _stem(shard: Shard) -> str:

@@ -144,8 +144,12 @@ def features_to_shards(
         BatchFailedError: the store or Ray failed.
     """
     features, out_url = open_features(url, timesteps, store=store), absolute(out_url)
-    if store.exists(join(out_url, INDEX_NAME)):
-        raise FileExistsError(f"{out_url} holds a shard set already; choose another folder")
+    there = [info.url for info in store.list(out_url)]
+    if any(url.endswith(".tar") for url in there) or join(out_url, INDEX_NAME) in there:
+        raise FileExistsError(
+            f"{out_url} holds a shard set already, or one that was not finished; choose another "
+            f"folder, or delete that one"
+        )
     names = list(features.manifest.parts)
     task = partial(_convert, features, out_url)
     made = on_each(store, features.url, names, num_workers, task, on_progress)

@@ -16,7 +16,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from cluster.coordinator import NamedCoordinator, Work, start_coordinator
 from cluster.leases import LEASE_SECONDS, QueueState
 from cluster.session import last_line
-from data_pipelines.object_store import ObjectStore, StoreError
+from data_pipelines.object_store import ObjectStore, StoreError, StoreUnavailableError
 
 POLL_SECONDS = 0.2
 IDLE_SECONDS = (0.5, 8.0)
@@ -38,7 +38,8 @@ def work_off(
         worker: a name no other process has; what it still holds was left by an earlier life of
             this one, and is given back.
         do: one item; what it returns is kept by the coordinator. A ValueError or StoreError out of
-            it gives the item back, to be tried again or named; any other ends the work.
+            it gives the item back, to be tried again or named; any other ends the work, and so
+            does a store that does not answer.
         lanes: how many items are in hand at a time, each in a thread of its own.
     """
     coordinator.ask(lambda actor: actor.release.remote(worker))
@@ -68,6 +69,8 @@ def _do_item(
     try:
         with _lease_kept(coordinator, worker, item):
             result = do(item)
+    except StoreUnavailableError:
+        raise  # no fault of this item, and the next ones would have to wait for it as long
     except (ValueError, StoreError) as error:
         reason = str(error)
         coordinator.ask(lambda actor: actor.give_back.remote(worker, item, reason))

@@ -144,7 +144,9 @@ def _decode_other(data: bytes) -> NDArray[np.uint8]:
     except UnidentifiedImageError as error:
         kinds = ", ".join(FORMATS)
         raise DecodeError(f"{len(data)} bytes that are no JPEG and none of {kinds}") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # hostile bytes bring a decoder to errors of any kind
         raise DecodeError(f"{len(data)} bytes that are no usable image: {error}") from error
 
 

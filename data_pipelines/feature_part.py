@@ -102,13 +102,16 @@ class FeatureLayout:
         if self.scales is not None:
             if len(self.scales) != self.num_dims:
                 raise ValueError(f"{self.num_dims} dimensions need as many scales")
-            if not all(0 < scale < float("inf") for scale in self.scales):
-                raise ValueError("scales must be positive and finite")
+            if not all(0 < np.float32(scale) < np.inf for scale in self.scales):
+                raise ValueError("scales must be positive and finite, also in float32")
         for name, kind in self.copied.items():
             if kind not in COPIED_TYPES:
                 raise ValueError(f"column {name} cannot be copied as {kind!r}")
-            if name in JOIN_COLUMNS.names or _COLUMN_NAME.fullmatch(name):
-                raise ValueError(f"a copied column cannot be called {name}; features have one")
+            if name in JOIN_COLUMNS.names or _COLUMN_NAME.fullmatch(name) or "." in name:
+                raise ValueError(
+                    f"a copied column cannot be called {name}: features have such a one, or it "
+                    f"has a dot, which stands for a column inside another"
+                )
 
     @property
     def dims(self) -> tuple[int, int]:
@@ -174,6 +177,12 @@ class PartInfo:
     size_bytes: int
     sha256: str
 
+    def __post_init__(self) -> None:
+        for name in ("rows", "skipped", "size_bytes"):
+            value = getattr(self, name)
+            if type(value) is not int or not 0 <= value < 2**53:
+                raise ValueError(f"{name} of a part must be a whole number, not {value!r}")
+
 
 @dataclass(frozen=True, slots=True)
 class PartSummary:
@@ -185,17 +194,18 @@ class PartSummary:
     sum: NDArray[np.float64]  # (D,)
     sum_of_squares: NDArray[np.float64]  # (D,)
 
-    def to_json(self) -> bytes:
-        value = asdict(self) | {
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "info": asdict(self.info),
+            "skipped": {str(row): reason for row, reason in self.skipped.items()},
             "sum": self.sum.tolist(),
             "sum_of_squares": self.sum_of_squares.tolist(),
         }
-        return json.dumps(value, allow_nan=False).encode()
 
     @classmethod
-    def from_json(cls, data: bytes) -> "PartSummary":
-        """Raises ValueError, KeyError, TypeError for anything else."""
-        value = json.loads(data)
+    def from_json(cls, value: dict[str, Any]) -> "PartSummary":
+        """Raises ValueError, KeyError, TypeError, AttributeError for anything else."""
         return cls(
             PartInfo(**value["info"]),
             {int(row): str(reason) for row, reason in value["skipped"].items()},
@@ -299,7 +309,10 @@ def open_part(data: bytes, layout: FeatureLayout, origin: PartOrigin, where: str
             raise FeatureMismatchError(f"{where} was made {what} {found}, not {wanted}")
     if not parquet.schema_arrow.equals(layout.schema):
         raise FeatureMismatchError(f"{where} has other columns or types than this set's parts")
-    return _decode(parquet, None, where)
+    table = _decode(parquet, None, where)
+    if others := set(table["shard"].unique().to_pylist()) - {origin.shard}:
+        raise FeatureMismatchError(f"{where} has rows of {sorted(others)[0]}, not {origin.shard}")
+    return table
 
 
 def summary_of(data: bytes, table: pa.Table, layout: FeatureLayout, where: str) -> PartSummary:
@@ -314,8 +327,11 @@ def summary_of(data: bytes, table: pa.Table, layout: FeatureLayout, where: str) 
     rows = table["row"].to_numpy()
     if (np.diff(rows) <= 0).any():
         raise FeatureMismatchError(f"{where} does not hold its shard's rows once each, in order")
-    notes = json.loads(table.schema.metadata[_NOTES])
-    skipped = {int(row): str(reason) for row, reason in notes["skipped"].items()}
+    try:
+        notes = json.loads(table.schema.metadata[_NOTES])
+        skipped = {int(row): str(reason) for row, reason in notes["skipped"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FeatureMismatchError(f"{where} does not say what it skipped: {error}") from error
     if both := skipped.keys() & set(rows.tolist()):
         raise FeatureMismatchError(
             f"{where} says that it skipped rows which it has: {sorted(both)}"
@@ -354,18 +370,18 @@ def read_part(
         if size_bytes != part.size_bytes:
             raise FeatureMismatchError(
                 f"{where} has {size_bytes} bytes instead of the manifest's {part.size_bytes}: it "
-                f"was cut or replaced; restore it, or export this shard again"
+                f"was cut or replaced; restore it, or delete it and run that export again"
             )
         parquet = _open_parquet(file, where)
         if parquet.metadata.num_rows != part.rows:
             raise FeatureMismatchError(
                 f"{where} has {parquet.metadata.num_rows} rows instead of the manifest's "
-                f"{part.rows}; export this shard again"
+                f"{part.rows}; delete it and run that export again"
             )
         if not parquet.schema_arrow.equals(layout.schema):
             raise FeatureMismatchError(
                 f"{where} has other columns or types than its manifest lists, which ends at "
-                f"{layout.columns[-1].name}; export this shard again"
+                f"{layout.columns[-1].name}; delete it and run that export again"
             )
         names = [*JOIN_COLUMNS.names, *layout.copied, *(column.name for column in columns)]
         fetched = _fetch(file, size_bytes, _spans(parquet.metadata, names))
@@ -434,7 +450,7 @@ def _notes_of(parquet: pq.ParquetFile, where: str) -> dict[str, Any]:
     try:
         notes = json.loads(metadata[_NOTES])
         return dict(notes.items())
-    except (KeyError, ValueError, AttributeError) as error:
+    except (KeyError, ValueError, AttributeError, RecursionError) as error:
         raise FeatureMismatchError(
             f"{where} does not say which encoder made it: it is no part of an export"
         ) from error
@@ -486,7 +502,7 @@ def _decode(parquet: pq.ParquetFile, names: list[str] | None, where: str) -> pa.
         return parquet.read(names, use_threads=False)
     except (pa.ArrowException, OSError) as error:
         raise FeatureMismatchError(
-            f"{where} is damaged: {error}; restore it, or export this shard again"
+            f"{where} is damaged: {error}; restore it, or delete it and run that export again"
         ) from error
 
 

@@ -73,6 +73,10 @@ class FeatureManifest:
     def __post_init__(self) -> None:
         if not self.parts:
             raise ValueError("a feature set needs at least one part")
+        for name in self.parts:
+            source, _, file = name.partition("/")
+            if not file.endswith(".parquet") or part_name(source, file[: -len(".parquet")]) != name:
+                raise ValueError(f"{name!r} is no name of a part, such as avatars/00007.parquet")
         for what in ("rows", "skipped"):
             counted = sum(getattr(part, what) for part in self.parts.values())
             if counted != getattr(self, what):
@@ -85,6 +89,8 @@ class FeatureManifest:
                 f"mean and std need one entry for each of {wanted} dimensions, "
                 f"got {len(self.mean)} and {len(self.std)}"
             )
+        if not all(type(v) in (int, float) and abs(v) < 1e300 for v in (*self.mean, *self.std)):
+            raise ValueError("mean and std must be finite numbers")
 
     @property
     def columns(self) -> tuple[FeatureColumn, ...]:
@@ -268,7 +274,7 @@ def read_manifest(store: ObjectStore, url: str) -> FeatureManifest:
         return _manifest_from_json(json.loads(data))
     except KeyError as error:
         raise FeatureMismatchError(f"feature manifest {where} lacks {error}") from error
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
         raise FeatureMismatchError(
             f"feature manifest {where} cannot be used: {error}. Run that `diti export` again: it "
             f"writes it anew."
@@ -313,4 +319,6 @@ def layout_from_json(value: dict[str, Any]) -> FeatureLayout:
 
 def _range(value: Sequence[int]) -> tuple[int, int]:
     start, end = value
-    return int(start), int(end)
+    if type(start) is not int or type(end) is not int:
+        raise ValueError(f"a range must have whole numbers, not {start!r} and {end!r}")
+    return start, end

@@ -169,7 +169,7 @@ def copied_fields(sample: Sample, kinds: Mapping[str, CopiedKind]) -> dict[str, 
         return {name: _of_kind(fields.get(name), name, kind) for name, kind in kinds.items()}
     except CopyError:
         raise
-    except (ValueError, AttributeError, RecursionError) as error:
+    except (ValueError, OverflowError, AttributeError, RecursionError) as error:
         raise CopyError(f"unusable json: {error}") from error
 
 
@@ -184,7 +184,9 @@ def _of_kind(value: Any, name: str, kind: CopiedKind) -> Any:
     if value is None or (isinstance(value, kinds[kind]) and is_bool == (kind == "bool")):
         if kind == "int" and value is not None and not -(2**63) <= value < 2**63:
             raise CopyError(f"unusable json: {name} does not fit into 64 bits")
-        return value
+        if kind == "string" and value is not None:
+            value.encode()  # half a surrogate pair is no text
+        return float(value) if kind == "float" and value is not None else value
     raise CopyError(f"unusable json: {name} is a {type(value).__name__}, not a {kind}")
 
 

@@ -140,8 +140,8 @@ def publish_encoder(
         weights_bytes=len(weights),
         error=error,
     )
-    store.write(join(out_url, WEIGHTS_NAME), weights)
     store.write(join(out_url, MODULE_NAME), Path(released_encoder.__file__).read_bytes())
+    store.write(join(out_url, WEIGHTS_NAME), weights)
     store.write(join(out_url, CARD_NAME), card.encode())
     store.write(join(out_url, RELEASE_NAME), text)
     return Published(release["weights_sha256"], len(weights), error)
@@ -163,13 +163,7 @@ def _check_place(store: ObjectStore, out_url: str, trained: TrainedEncoder, *, e
     except BucketMissingError:
         raise
     except ObjectMissingError as error:
-        # The module is written before the card, so a card alone is somebody else's README.
-        names = (CARD_NAME, MODULE_NAME)
-        card, module = (store.exists(join(out_url, name)) for name in names)
-        if card and not module:
-            raise ValueError(
-                f"{out_url} holds a {CARD_NAME} that would be written over; give a new folder"
-            ) from error
+        _refuse_foreign_files(store, out_url, error)
         return
     except (TypeError, ValueError) as error:
         raise ValueError(
@@ -182,6 +176,17 @@ def _check_place(store: ObjectStore, out_url: str, trained: TrainedEncoder, *, e
             f"{out_url} holds another encoder ({_called(found)}; this is {_called(this)}); publish "
             f"into another folder, or delete that one"
         )
+
+
+def _refuse_foreign_files(store: ObjectStore, out_url: str, cause: Exception) -> None:
+    """Of files without encoder.json: a publication that was interrupted has left its module."""
+    there = [n for n in (WEIGHTS_NAME, CARD_NAME) if store.exists(join(out_url, n))]
+    module = join(out_url, MODULE_NAME)
+    ours = Path(released_encoder.__file__).read_bytes()
+    if there and not (store.exists(module) and store.read(module) == ours):
+        raise ValueError(
+            f"{out_url} holds a {there[0]} that would be written over; give a new folder"
+        ) from cause
 
 
 def _called(release: dict[str, Any]) -> str:

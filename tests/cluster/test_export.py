@@ -3,6 +3,7 @@
 One Ray session serves the whole file. The encoder is an authors' file with random weights.
 """
 
+import hashlib
 import io
 import json
 import re
@@ -24,7 +25,7 @@ from cluster.export import Export, ExportFailedError, export_features, export_sh
 from cluster.features import diff_features, features_to_shards, verify_features
 from cluster.session import ray_session
 from data_pipelines.decoding import decode_image
-from data_pipelines.feature_part import CopiedKind, FeatureLayout, encode_part, open_part
+from data_pipelines.feature_part import CopiedKind, FeatureLayout, PartInfo, encode_part, open_part
 from data_pipelines.feature_store import (
     FeatureManifest,
     open_features,
@@ -183,6 +184,8 @@ def test_some_time_steps_in_int8_with_scales_that_outlive_a_restart(
         (b'{"a": 1.5}', {"a": "int"}, "a is a float, not a int"),
         (b'{"a": 1}', {"a": "string"}, "a is a int, not a string"),
         (b'{"a": 99999999999999999999}', {"a": "int"}, "64 bits"),
+        (b'{"a": 1' + b"0" * 400 + b"}", {"a": "float"}, "unusable json"),
+        (b'{"a": "cut \\ud83d"}', {"a": "string"}, "unusable json"),
         (b"{", {"a": "int"}, "unusable json"),
         (b"[]", {"a": "int"}, "unusable json"),
         (b"[" * 100_000, {"a": "int"}, "unusable json"),
@@ -208,8 +211,16 @@ def test_features_as_tars_have_the_names_and_keys_of_their_images(
     stored = np.stack([sample["z.npy"] for sample in samples])
     assert stored.dtype == np.float16
     np.testing.assert_array_equal(stored.astype(np.float32), features.values)
+    for there in (empty, images.url):
+        with pytest.raises(FileExistsError, match="holds a shard set already"):
+            features_to_shards(STORE, out, there, num_workers=1)
+
+
+def test_tars_of_somebody_else_are_not_written_over(out: str, empty: str) -> None:
+    STORE.write(join(empty, "00000.tar"), b"somebody's")
     with pytest.raises(FileExistsError, match="holds a shard set already"):
         features_to_shards(STORE, out, empty, num_workers=1)
+    assert STORE.read(join(empty, "00000.tar")) == b"somebody's"
 
 
 def test_a_set_does_not_differ_from_its_copy(out: str, finished: tuple[ShardIndex, str]) -> None:
@@ -254,6 +265,36 @@ def test_what_was_stopped_anywhere_ends_in_the_same_bytes(
     assert (Path(out) / "shards/00000.parquet").stat().st_mtime_ns == kept, "it was made twice"
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"encoder_sha256": "f" * 64}, "it was changed"),
+        ({"summary": {"sum": []}}, "it was changed"),
+        (None, "another encoder, layout or tar"),
+    ],
+)
+def test_a_commit_that_was_changed_or_is_another_encoders_is_refused(
+    checkpoint_file: Path, shards: ShardIndex, out: str, change, message: str
+) -> None:
+    """The claim is gone as well, so that only the commits can tell."""
+    (Path(out) / "export.json").unlink()
+    where = Path(out) / "_commits/shards/00003.json"
+    if change is not None:
+        where.write_text(json.dumps(json.loads(where.read_text()) | change))
+    ema = change is not None
+    with pytest.raises(ExportFailedError, match=f"_commits/shards/0000.*{message}"):
+        export(checkpoint_file, shards, out, copied=COPIED, ema=ema)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"[" * 200_000, b'{"sha256": 1}', b""])
+def test_a_commit_that_is_none_is_named(
+    checkpoint_file: Path, shards: ShardIndex, out: str, content: bytes
+) -> None:
+    Path(out, "_commits/shards/00002.json").write_bytes(content)
+    with pytest.raises(ExportFailedError, match=r"00002\.json is damaged"):
+        export(checkpoint_file, shards, out, copied=COPIED)
+
+
 def test_a_part_of_somebody_else_is_neither_taken_nor_overwritten(
     encoder: TrainedEncoder, shards: ShardIndex, empty: str
 ) -> None:
@@ -288,7 +329,7 @@ def test_a_second_worker_commits_what_the_first_one_wrote(
     commit = json.loads(STORE.read(export.commit_url(shard)))
     data = STORE.read(export.part_url(shard))
     open_part(data, export.layout, export.origin(shard), "part")
-    assert commit["info"]["size_bytes"] == len(data)
+    assert commit["summary"]["info"]["size_bytes"] == len(data)
     alone = replace(export, out_url=empty + "-alone")
     export_shard(STORE, on_cpu, alone, shard)
     assert data == STORE.read(alone.part_url(shard))
@@ -339,7 +380,10 @@ def test_samples_that_cannot_be_used_have_no_row_within_the_budget(
     checkpoint_file: Path, tmp_path: Path, empty: str
 ) -> None:
     out, index = empty, broken_shards(str(tmp_path / "shards"), 2)
-    with pytest.raises(ExportFailedError, match=r"2 of 10 .* \(2 undecodable image\), 1 are allow"):
+    with pytest.raises(
+        ExportFailedError,
+        match=r"2 of 10 .* \(2 undecodable image\), 1 are allowed; first row 0 of 00000\.tar: ",
+    ):
         export(checkpoint_file, index, out, error_budget=0.19)
     assert not (Path(out) / "manifest.json").exists()
     manifest = export(checkpoint_file, index, out, error_budget=0.2)
@@ -431,9 +475,42 @@ def test_verify_names_every_culprit_and_no_other(
         r"and 17 rows more",
         r"00007\.parquet was made of the tar with SHA-256",
         r"00008\.tar has 3 bytes instead of",
+        r"are others than those exported: their index is",
     ):
         assert any(re.search(said, problem) for problem in found), (said, found)
     assert not [problem for problem in found if "/00000." in problem], "a sound part is blamed"
+
+
+def test_verify_finds_what_the_manifest_only_says(
+    encoder: TrainedEncoder, shards: ShardIndex, out: str
+) -> None:
+    """Manifests in good order, of parts in good order, that do not tell the truth."""
+    manifest = read_manifest(STORE, out)
+    publish_manifest(STORE, out, replace(manifest, mean=[manifest.mean[0] + 1, *manifest.mean[1:]]))
+    told = problems(out, shards_url=shards.url)
+    assert told == ["the manifest's mean is not that of the parts, first in dimension 0"]
+
+    part = Path(out) / "shards/00001.parquet"
+    shard, layout = shards.shards[1], manifest.layout
+    table = pq.read_table(part).slice(0, ROWS - 1)
+    data = encode_part(
+        layout,
+        by_hand(encoder, shards, out).origin(shard),
+        keys=table["key"].to_pylist(),
+        rows=table["row"].to_pylist(),
+        features=np.concatenate([layout.values(table, c) for c in layout.columns], axis=1),
+        copied={name: table[name].to_pylist() for name in COPIED},
+    )
+    part.write_bytes(data)
+    info = PartInfo(ROWS - 1, 0, len(data), hashlib.sha256(data).hexdigest())
+    parts = manifest.parts | {"shards/00001.parquet": info}
+    del parts["shards/00000.parquet"]
+    Path(out, "shards/00000.parquet").unlink()
+    rows = manifest.rows - ROWS - 1
+    publish_manifest(STORE, out, replace(manifest, parts=parts, rows=rows))
+    told = problems(out, shards_url=shards.url)
+    assert "shards/00000.parquet has no part" in told
+    assert any(re.search(r"1 samples of .*00001\.tar have no row, first 19", t) for t in told)
 
 
 def with_nan(part: Path) -> None:

@@ -259,6 +259,8 @@ def test_columns_that_do_not_tile_z_are_refused(columns, message: str):
         ({"copied": {"caption": "text"}}, "cannot be copied as 'text'"),
         ({"copied": {"key": "string"}}, "cannot be called key"),
         ({"copied": {"z007": "int"}}, "cannot be called z007"),
+        ({"copied": {"exif.width": "int"}}, "cannot be called exif.width"),
+        ({"dtype": "int8", "scales": (1e-50,) * D}, "positive and finite"),
     ],
 )
 def test_a_layout_that_contradicts_itself_is_refused(change: dict, message: str):
@@ -454,6 +456,8 @@ def test_a_missing_bucket_is_not_taken_for_an_unfinished_export(store: ObjectSto
         ({"parts": {}}, "at least one part"),
         ({"mean": [0.0]}, "256 dimensions, got 1 and 256"),
         ({"columns": []}, "at least one column"),
+        ({"mean": ["0"] * D}, "mean and std must be finite numbers"),
+        ({"std": [float("nan")] * D}, "mean and std must be finite numbers"),
         ({"surprise": 1}, "surprise"),
         ({"parts": None}, "manifest.json cannot be used"),
     ],
@@ -464,6 +468,48 @@ def test_a_manifest_that_contradicts_itself_is_named(url: str, change: dict, mes
     with pytest.raises(FeatureMismatchError, match=message) as error:
         read_manifest(LOCAL, url)
     assert join(url, "manifest.json") in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["../../etc/x.parquet", "/etc/x.parquet", "", "a.parquet", "a/b/c.parquet", "a/b.tar"]
+)
+def test_a_manifest_that_leads_out_of_its_folder_is_refused(url: str, name: str):
+    part = make_part("00000", 5)
+    manifest = export(LOCAL, url, [part])
+    edit_manifest(url, parts={name: asdict(manifest.parts[part.name])})
+    with pytest.raises(FeatureMismatchError, match=r"no name of a part|plain names"):
+        read_manifest(LOCAL, url)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("rows", 5.0), ("rows", -5), ("skipped", True), ("size_bytes", 10**20)]
+)
+def test_counts_of_a_part_are_whole_numbers(url: str, field: str, value: object):
+    part = make_part("00000", 5)
+    manifest = export(LOCAL, url, [part])
+    edit_manifest(url, parts={part.name: asdict(manifest.parts[part.name]) | {field: value}})
+    with pytest.raises(FeatureMismatchError, match=f"{field} of a part must be a whole number"):
+        read_manifest(LOCAL, url)
+
+
+def test_a_part_with_rows_of_another_tar_is_refused():
+    part = make_part("00000", 30)
+    table = pq.read_table(io.BytesIO(part.encoded()))
+    other = pa.array(["00009.tar"] * 30)
+    sink = io.BytesIO()
+    pq.write_table(table.set_column(1, table.schema.field("shard"), other), sink)
+    with pytest.raises(FeatureMismatchError, match=r"has rows of 00009\.tar, not 00000\.tar"):
+        open_part(sink.getvalue(), LAYOUT, part.origin, "x")
+
+
+@pytest.mark.parametrize("skipped", ["none", [], {"x": "y"}])
+def test_a_part_that_does_not_say_what_it_skipped_is_refused(skipped: object):
+    part = make_part("00000", 30)
+    table = pq.read_table(io.BytesIO(part.encoded()))
+    notes = json.loads(table.schema.metadata[b"diti"]) | {"skipped": skipped}
+    spoilt = table.replace_schema_metadata({b"diti": json.dumps(notes).encode()})
+    with pytest.raises(FeatureMismatchError, match="does not say what it skipped"):
+        summary_of(b"", spoilt, LAYOUT, "x")
 
 
 def test_a_flipped_digit_in_the_manifest_is_found(url: str):

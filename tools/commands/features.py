@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from tools.commands.data import CORES, Workers, report_problems
-from tools.commands.options import AsJson, Timesteps, ends_of
+from tools.commands.options import AsJson, Timesteps, ends_of, not_empty
 from tools.commands.outcome import clear_errors
 from tools.tables import counted, print_features, print_features_diff
 
@@ -94,7 +94,7 @@ def diff(first: FeaturesUrl, second: FeaturesUrl, workers: Workers = CORES) -> N
 @app.command()
 def to_webdataset(
     url: FeaturesUrl,
-    out: Annotated[str, typer.Option(help="Folder for the tars.")],
+    out: Annotated[str, typer.Option(callback=not_empty, help="Folder for the tars.")],
     timesteps: Timesteps = None,
     workers: Workers = CORES,
 ) -> None:

@@ -174,8 +174,8 @@ def plan(
 
 
 def export(
-    shards: Annotated[str, typer.Option(help="Shard set to encode.")],
-    out: Annotated[str, typer.Option(help="Folder for the features.")],
+    shards: Annotated[str, typer.Option(callback=not_empty, help="Shard set to encode.")],
+    out: Annotated[str, typer.Option(callback=not_empty, help="Folder for the features.")],
     run: Run = None,
     checkpoint: Annotated[
         str | None,
@@ -224,7 +224,7 @@ def export(
                 ema=ema,
                 timesteps=ends_of(timesteps),
                 dtype=dtype,
-                copied=dict(kind_of(text) for text in copy or ()),
+                copied=kinds_of(copy or []),
                 error_budget=error_budget,
                 use_gpu=use_gpu,
                 shards_url=shards,
@@ -236,17 +236,20 @@ def export(
         typer.echo(f"{counted(manifest.rows, 'row')} of {manifest.checkpoint} at {out}")
         if manifest.skipped:
             typer.echo(
-                f"{counted(manifest.skipped, 'sample')} could not be used and have no row; "
-                f"`diti data verify {shards} --deep` names them"
+                f"{counted(manifest.skipped, 'sample')} could not be used and have no row: "
+                f"{out}/_commits says which, and why"
             )
 
 
-def kind_of(text: str) -> tuple[str, Any]:
+def kinds_of(texts: list[str]) -> dict[str, Any]:
     """`width:int`: name and kind of a column to copy; a string without a kind."""
-    name, _, kind = text.partition(":")
-    if not name:
-        raise ValueError(f"--copy {text!r} names no field; give NAME or NAME:KIND")
-    return name, kind or "string"
+    kinds: dict[str, Any] = {}
+    for text in texts:
+        name, _, kind = text.partition(":")
+        if not name or name in kinds:
+            raise ValueError(f"--copy {text!r}: give each field once, as NAME or NAME:KIND")
+        kinds[name] = kind or "string"
+    return kinds
 
 
 def report(
