@@ -318,3 +318,15 @@ def test_a_large_jpeg_comes_out_as_if_all_of_it_had_been_decoded(width: int, hei
     found = decode_image(data, 64).astype(int)
     assert np.abs(found - reference).mean() < 2
     assert np.abs(found - reference).max() < 12
+
+
+def test_a_chunk_that_breaks_the_decoder_itself_is_a_decode_error():
+    """Pillow meets an empty iCCP chunk behind the pixels with an IndexError."""
+    sink = io.BytesIO()
+    Image.new("RGB", (16, 16), (9, 8, 7)).save(sink, "PNG")
+    png = sink.getvalue()
+    body = b"iCCP"
+    chunk = (0).to_bytes(4, "big") + body + zlib.crc32(body).to_bytes(4, "big")
+    end = png.index(b"IEND") - 4
+    with pytest.raises(DecodeError, match="no usable image"):
+        decode_image(png[:end] + chunk + png[end:], 8)

@@ -345,11 +345,20 @@ def test_a_folder_of_unknown_content_is_refused(tmp_path: Path, content: str) ->
     assert names_in(tmp_path) == ["encoder.json"]
 
 
-def test_somebody_elses_readme_is_not_written_over(tmp_path: Path) -> None:
-    (tmp_path / "README.md").write_text("mine")
-    with pytest.raises(ValueError, match=r"README\.md that would be written over"):
+@pytest.mark.parametrize("name", ["README.md", "encoder.safetensors"])
+def test_somebody_elses_file_is_not_written_over(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=f"{name} that would be written over"):
         publish_encoder(STORE, tiny_trained(), str(tmp_path), ema=True)
-    assert content_of(tmp_path) == {"README.md": b"mine"}
+    assert content_of(tmp_path) == {name: b"mine"}
+
+
+def test_a_publication_that_was_interrupted_is_taken_up(tmp_path: Path) -> None:
+    publish_encoder(STORE, tiny_trained(), str(tmp_path), ema=True)
+    whole = content_of(tmp_path)
+    (tmp_path / "encoder.json").unlink()
+    publish_encoder(STORE, tiny_trained(), str(tmp_path), ema=True)
+    assert content_of(tmp_path) == whole
 
 
 @pytest.mark.parametrize("harm", ["shift", "nan"])
