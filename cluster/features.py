@@ -22,6 +22,7 @@ from data_pipelines.feature_store import (
     listing_problems,
     open_features,
     parts_listed,
+    parts_of,
 )
 from data_pipelines.object_store import ObjectStore, absolute, join
 from data_pipelines.shard_index import INDEX_NAME, Shard, ShardIndex, read_index, write_index
@@ -63,8 +64,8 @@ def verify_features(
     if with_shards:
         index = read_index(store, absolute(shards_url or manifest.source_url))
         source = next(iter(manifest.parts)).split("/", 1)[0]
-        problems += set_problems(store, manifest, index, source)
-        shards = _by_part(index, source)
+        shards = parts_of(index, source)
+        problems += set_problems(store, manifest, index, shards)
     listed = [name for name in manifest.parts if not with_shards or name in shards]
     checks: dict[str, PartCheck] = on_each(
         store, url, listed, num_workers, partial(_check, manifest, shards), on_progress
@@ -175,10 +176,6 @@ def _convert(
     from data_pipelines.feature_shards import write_feature_shard
 
     return write_feature_shard(store, features, name, out_url)
-
-
-def _by_part(index: ShardIndex, source: str) -> dict[str, Shard]:
-    return {f"{source}/{shard.name.removesuffix('.tar')}.parquet": shard for shard in index.shards}
 
 
 def _rows_beside(one: FeatureManifest, other: FeatureManifest) -> int:

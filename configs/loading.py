@@ -141,6 +141,23 @@ def digest_of_json(value: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
+    """The value with a digest of itself, as `sha256`, so that an edit or a flipped bit is seen."""
+    return {**value, "sha256": digest_of_json(value)}
+
+
+def unsealed(value: Mapping[str, Any]) -> dict[str, Any]:
+    """What `sealed` was given.
+
+    Raises:
+        ValueError: it has no digest, or another one: it was changed.
+    """
+    rest = dict(value)
+    if rest.pop("sha256", None) != digest_of_json(rest):
+        raise ValueError("its SHA-256 is not the one that it names: it was changed")
+    return rest
+
+
 def _parse_mapping(text: str, source: str) -> dict[str, Any]:
     try:
         data = yaml.load(text, Loader=_Yaml12Loader)  # noqa: S506 (a SafeLoader subclass)

@@ -10,15 +10,16 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from data_pipelines.feature_layout import FeatureColumn
 from data_pipelines.feature_part import (
-    FeatureColumn,
     FeatureMismatchError,
     PartOrigin,
     PartSummary,
+    mean_and_std,
     open_part,
     summary_of,
 )
-from data_pipelines.feature_store import FeatureManifest, FeatureSet
+from data_pipelines.feature_store import FeatureManifest, FeatureSet, tar_of
 from data_pipelines.object_store import ObjectMissingError, ObjectStore, join
 from data_pipelines.shard_index import Shard, ShardIndex, changed_shards, listing_of, read_members
 from data_pipelines.tar_members import ShardMismatchError
@@ -45,8 +46,7 @@ def check_part(
         shard: as it is indexed now; None does without.
     """
     where, said = join(url, name), manifest.parts[name]
-    tar = shard.name if shard else name.rsplit("/", 1)[-1].removesuffix(".parquet") + ".tar"
-    origin = PartOrigin(manifest.encoder_sha256, tar, shard.sha256 if shard else None)
+    origin = PartOrigin(manifest.encoder_sha256, tar_of(name), shard.sha256 if shard else None)
     try:
         data = store.read(where)
         table = open_part(data, manifest.layout, origin, where)
@@ -71,12 +71,12 @@ def check_part(
 
 
 def set_problems(
-    store: ObjectStore, manifest: FeatureManifest, index: ShardIndex, source: str
+    store: ObjectStore, manifest: FeatureManifest, index: ShardIndex, shards: Mapping[str, Shard]
 ) -> list[str]:
     """What is wrong with the shard set that the features were exported from.
 
     Args:
-        source: folder of the parts that belong to it.
+        shards: those of the index, by the names of their parts.
     """
     problems = []
     if index.digest != manifest.index_digest:
@@ -86,9 +86,8 @@ def set_problems(
         )
     changed = changed_shards(store, index, listing_of(store, index))
     problems += [f"{shard.url} {problem}" for shard, problem in changed.items()]
-    made_of = {f"{source}/{shard.name.removesuffix('.tar')}.parquet" for shard in index.shards}
-    problems += [f"{name} has no part" for name in sorted(made_of - manifest.parts.keys())]
-    gone = sorted(manifest.parts.keys() - made_of)
+    problems += [f"{name} has no part" for name in sorted(shards.keys() - manifest.parts.keys())]
+    gone = sorted(manifest.parts.keys() - shards.keys())
     return problems + [f"{name} belongs to no shard of {index.url}" for name in gone]
 
 
@@ -97,10 +96,10 @@ def total_problems(manifest: FeatureManifest, checks: Mapping[str, PartCheck]) -
     found = [check for check in checks.values() if check.summary is not None]
     if len(found) < len(manifest.parts) or not manifest.rows:
         return []
-    total = sum(check.summary.sum for check in found if check.summary)
-    squares = sum(check.summary.sum_of_squares for check in found if check.summary)
-    mean = total / manifest.rows
-    std = np.sqrt(np.maximum(squares / manifest.rows - mean**2, 0))
+    summaries = [check.summary for check in found if check.summary]
+    sums = np.sum([summary.sum for summary in summaries], axis=0)
+    squares = np.sum([summary.sum_of_squares for summary in summaries], axis=0)
+    mean, std = mean_and_std(sums, squares, manifest.rows)
     problems = [
         f"the manifest's {what} is not that of the parts, first in dimension "
         f"{manifest.layout.dims[0] + int(np.argmax(wrong))}"

@@ -9,7 +9,7 @@ import io
 import numpy as np
 from webdataset.writer import TarWriter
 
-from data_pipelines.feature_store import FeatureSet
+from data_pipelines.feature_store import FeatureSet, tar_of
 from data_pipelines.object_store import ObjectStore
 from data_pipelines.shard_index import Shard, publish_shard
 
@@ -34,5 +34,4 @@ def write_feature_shard(
             content = io.BytesIO()
             np.save(content, z, allow_pickle=False)
             tar.write({"__key__": key, MEMBER: content.getvalue()})
-    stem = name.rsplit("/", 1)[-1].removesuffix(".parquet")
-    return publish_shard(store, out_url, f"{stem}.tar", buffer.getvalue())
+    return publish_shard(store, out_url, tar_of(name), buffer.getvalue())

@@ -12,7 +12,7 @@ Letters: N samples, d dimensions selected.
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import accumulate
@@ -22,15 +22,15 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from configs.loading import digest_of_json
-from data_pipelines.feature_part import (
+from configs.loading import sealed, unsealed
+from data_pipelines.feature_layout import (
+    LAYOUT_FIELDS,
     FeatureColumn,
     FeatureLayout,
-    FeatureMismatchError,
-    PartInfo,
-    read_part,
+    layout_from_json,
     select_columns,
 )
+from data_pipelines.feature_part import FeatureMismatchError, PartInfo, read_part
 from data_pipelines.object_store import (
     BucketMissingError,
     ObjectMissingError,
@@ -38,6 +38,7 @@ from data_pipelines.object_store import (
     absolute,
     join,
 )
+from data_pipelines.shard_index import Shard, ShardIndex, first_ten
 
 MANIFEST_NAME = "manifest.json"
 COMMITS = "_commits"  # readers of a folder of Parquet files pass over names with an underscore
@@ -99,8 +100,7 @@ class FeatureManifest:
     def to_json(self) -> dict[str, Any]:
         """Plain values; the layout's fields stand beside the others."""
         value = asdict(self)
-        value = {"format_version": FORMAT_VERSION} | value.pop("layout") | value
-        return value | {"sha256": digest_of_json(value)}
+        return sealed({"format_version": FORMAT_VERSION} | value.pop("layout") | value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +213,21 @@ def part_name(source: str, stem: str) -> str:
     return f"{source}/{stem}.parquet"
 
 
+def parts_of(index: ShardIndex, source: str) -> dict[str, Shard]:
+    """Every shard by the name of its part."""
+    return {part_name(source, stem_of(shard)): shard for shard in index.shards}
+
+
+def stem_of(shard: Shard) -> str:
+    """`00007` of `00007.tar`."""
+    return shard.name.removesuffix(".tar")
+
+
+def tar_of(name: str) -> str:
+    """`00007.tar`, of which `avatars/00007.parquet` is the part."""
+    return name.rpartition("/")[2].removesuffix(".parquet") + ".tar"
+
+
 def parts_listed(store: ObjectStore, url: str) -> dict[str, int]:
     """Every Parquet file below `url` by its name there, and its bytes."""
     prefix = url.rstrip("/") + "/"
@@ -243,9 +258,8 @@ def publish_manifest(store: ObjectStore, url: str, manifest: FeatureManifest) ->
         FeatureMismatchError: a part is missing at `url` or has another size, or a file is none.
     """
     if problems := listing_problems(manifest, parts_listed(store, url)):
-        more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise FeatureMismatchError(
-            f"features at {url} are not complete: {'; '.join(problems[:10])}{more}. Delete what "
+            f"features at {url} are not complete: {first_ten(problems)}. Delete what "
             f"does not belong there, and run the same command again: it makes what is missing."
         )
     text = json.dumps(manifest.to_json(), indent=1, allow_nan=False)
@@ -289,36 +303,9 @@ def _manifest_from_json(value: Any) -> FeatureManifest:
             f"its format_version is {value['format_version']}, this code reads {FORMAT_VERSION}; "
             f"read it with the release that wrote it"
         )
-    fields = dict(value)
-    said = fields.pop("sha256")
-    if (found := digest_of_json(fields)) != said:
-        raise ValueError(f"its content has SHA-256 {found}, it says {said}: it was changed")
+    fields = unsealed(value)
     layout = layout_from_json(fields)
     for name in ("format_version", *LAYOUT_FIELDS):
         del fields[name]
     parts = {name: PartInfo(**part) for name, part in dict(fields.pop("parts")).items()}
     return FeatureManifest(**fields, layout=layout, parts=parts)
-
-
-LAYOUT_FIELDS = tuple(FeatureLayout.__dataclass_fields__)
-
-
-def layout_from_json(value: dict[str, Any]) -> FeatureLayout:
-    """The layout whose fields, as plain values, are among these. Raises KeyError, ValueError."""
-    scales = value["scales"]
-    return FeatureLayout(
-        columns=tuple(
-            FeatureColumn(column["name"], _range(column["timesteps"]), _range(column["dims"]))
-            for column in value["columns"]
-        ),
-        dtype=value["dtype"],
-        scales=None if scales is None else tuple(float(scale) for scale in scales),
-        copied=dict(value["copied"]),
-    )
-
-
-def _range(value: Sequence[int]) -> tuple[int, int]:
-    start, end = value
-    if type(start) is not int or type(end) is not int:
-        raise ValueError(f"a range must have whole numbers, not {start!r} and {end!r}")
-    return start, end

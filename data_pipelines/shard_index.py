@@ -372,14 +372,19 @@ def shards_changed(index: ShardIndex, changed: Mapping[Shard, str]) -> ShardMism
     problems = [
         f"{shard.name if one_folder else shard.url} {problem}" for shard, problem in changed.items()
     ]
-    more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
     lost = sum(shard.num_samples for shard in changed)
     share = math.ceil(1000 * lost / index.num_samples) / 1000  # rounded down, it would not do
     return ShardMismatchError(
-        f"shards at {index.url} do not match their index: {'; '.join(problems[:10])}{more}. "
+        f"shards at {index.url} do not match their index: {first_ten(problems)}. "
         f"Restore them; or index the set again with `diti data index`, for new runs; or have a run "
         f"replace their samples (data.error_budget of at least {share:g})."
     )
+
+
+def first_ten(problems: Sequence[str]) -> str:
+    """As a message names them: the first ones, and how many more there are."""
+    more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
+    return "; ".join(problems[:10]) + more
 
 
 def changed_shards(

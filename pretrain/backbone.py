@@ -156,6 +156,15 @@ def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
+def card_of(store: ObjectStore, weights_url: str) -> dict[str, Any]:
+    """All that the card beside a backbone's weights says, unchecked.
+
+    Raises:
+        StoreError, ValueError, TypeError: there is none, or it is no JSON object.
+    """
+    return dict(json.loads(_read(store, _card_url(weights_url))))
+
+
 def _read(store: ObjectStore, url: str) -> bytes:
     if not url.startswith(BUILTIN_PREFIX):
         return store.read(url)

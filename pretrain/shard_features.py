@@ -16,14 +16,8 @@ from numpy.typing import NDArray
 
 from data_pipelines.bad_samples import cause_of
 from data_pipelines.decoding import DecodeError
-from data_pipelines.feature_part import (
-    INT8_LIMIT,
-    CopiedKind,
-    FeatureColumn,
-    FeatureLayout,
-    PartOrigin,
-    encode_part,
-)
+from data_pipelines.feature_layout import INT8_LIMIT, CopiedKind, FeatureColumn, FeatureLayout
+from data_pipelines.feature_part import PartOrigin, encode_part
 from data_pipelines.object_store import ObjectStore
 from data_pipelines.sample_images import IMAGE_EXTENSIONS, decode_sample
 from data_pipelines.sample_reader import Sample, iter_shard

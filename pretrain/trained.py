@@ -1,8 +1,9 @@
 """What training has made, ready for use: from a run of this project, or from an authors' file."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from pretrain.published import (
 )
 from pretrain.resnet10 import ResNet10
 
+EncoderLoader = Callable[..., "TrainedEncoder"]
+"""Takes `store=`; all else about the encoder is bound, so that it can be sent to workers."""
 _log = logging.getLogger(__name__)
 _FILE_ENDINGS = (".pt", ".pth", ".ckpt")
 
@@ -124,6 +127,46 @@ def load_published_encoder(
         },
         sha256=digest_of(encoder),
     )
+
+
+def choose_encoder(
+    store: ObjectStore,
+    run_url: str | None,
+    step: int | None,
+    checkpoint_url: str | None,
+    config: ConfigSource | None,
+    *,
+    ema: bool,
+) -> tuple[EncoderLoader, TrainedEncoder]:
+    """How any process gets the encoder of a run, or of an authors' file, and the encoder.
+
+    Raises:
+        ValueError: not exactly one of both is given, or something that belongs to the other one.
+        CheckpointError, PublishedCheckpointError: it cannot be used.
+    """
+    if (run_url is None) == (checkpoint_url is None):
+        raise ValueError(
+            f"exactly one of a run and a checkpoint file must be given, got "
+            f"{'neither' if run_url is None else f'{run_url} and {checkpoint_url}'}"
+        )
+    if run_url is not None:
+        if config is not None:
+            raise ValueError(
+                f"a config belongs to a checkpoint file; {run_url} is a run, which holds its own"
+            )
+        trained = load_encoder(store, absolute(run_url), step=step, ema=ema)
+        load = partial(load_encoder, run_url=absolute(run_url), step=trained.step, ema=ema)
+        return load, trained
+    assert checkpoint_url is not None
+    if step is not None:
+        raise ValueError(
+            f"a step chooses among the checkpoints of a run; {checkpoint_url} is one checkpoint, "
+            f"so give no step"
+        )
+    if isinstance(config, str | Path):
+        config = absolute(str(config))
+    load = partial(load_published_encoder, absolute(checkpoint_url), config, ema=ema)
+    return load, load(store=store)
 
 
 def load_diti(

@@ -7,7 +7,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from data_pipelines.feature_part import FeatureLayout, PartInfo
+from data_pipelines.feature_layout import FeatureLayout
+from data_pipelines.feature_part import PartInfo
 from data_pipelines.feature_store import FeatureManifest
 
 

@@ -59,23 +59,25 @@ def _random_encoder(task: DitiTask, size_px: int, seed: int) -> Encoder | ResNet
     return encoder
 
 
-def write_checkpoint(store: ObjectStore, run_url: str, config: RunConfig) -> dict[str, Tensor]:
-    """Checkpoint step-00000010 of a run, with averaged and online weights that differ; the former
-    by the encoder's names."""
+def write_checkpoint(
+    store: ObjectStore, run_url: str, config: RunConfig, step: int = 10
+) -> dict[str, dict[str, Tensor]]:
+    """A checkpoint of a run, with averaged ("ema") and online ("weights") ones that differ; both
+    are returned, by the encoder's names."""
     assert isinstance(config.task, DitiTask)
     states = {}
     for seed, kind in enumerate(("ema", "weights")):
         encoder = _random_encoder(config.task, config.data.image_size_px, seed)
-        states[kind] = {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
+        states[kind] = encoder.state_dict()
     files = {
         checkpoint.piece_file(kind, 0): pack(
-            [f"{name}@0" for name in state], [value.flatten() for value in state.values()]
+            [f"encoder.{name}@0" for name in state], [value.flatten() for value in state.values()]
         )
         for kind, state in states.items()
     }
     manifest = checkpoint.Manifest(
-        step=10,
-        images=10 * config.train.global_batch,
+        step=step,
+        images=step * config.train.global_batch,
         parent=None,
         parts="parts",
         config=config.model_dump(mode="json"),
@@ -83,7 +85,7 @@ def write_checkpoint(store: ObjectStore, run_url: str, config: RunConfig) -> dic
         backbone_sha256=config.task.backbone.sha256,
         world_size=1,
         code_version="",
-        shapes={name: list(value.shape) for name, value in states["ema"].items()},
+        shapes={f"encoder.{name}": list(t.shape) for name, t in states["ema"].items()},
         counters={},
         files={n: (len(d), hashlib.sha256(d).hexdigest()) for n, d in files.items()},
     )
@@ -91,4 +93,4 @@ def write_checkpoint(store: ObjectStore, run_url: str, config: RunConfig) -> dic
     for name, data in files.items():
         store.write(join(folder, "parts", name), data)
     store.write(join(folder, checkpoint.MANIFEST_NAME), checkpoint.to_json(manifest))
-    return {name.removeprefix("encoder."): value for name, value in states["ema"].items()}
+    return states

@@ -12,15 +12,14 @@ import torch
 
 from configs.schema import RunConfig
 from configs.task import DitiTask
-from data_pipelines.feature_part import (
+from data_pipelines.feature_layout import (
     INT8_LIMIT,
     VALUE_TYPES,
     Dtype,
     FeatureColumn,
     FeatureLayout,
-    PartOrigin,
-    encode_part,
 )
+from data_pipelines.feature_part import PartOrigin, encode_part
 from pretrain.encoder import make_encoder
 from pretrain.partition import make_partition
 from pretrain.shard_features import CPU_BATCH, columns_of

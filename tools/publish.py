@@ -14,7 +14,6 @@ import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,17 +27,15 @@ from data_pipelines.object_store import (
     BucketMissingError,
     ObjectMissingError,
     ObjectStore,
-    absolute,
     join,
 )
 from pretrain import released_encoder
-from pretrain.backbone import BUILTIN_PREFIX
+from pretrain.backbone import card_of
 from pretrain.encoder import Encoder
-from pretrain.published import ConfigSource
 from pretrain.released_encoder import FORMAT_VERSION, RELEASE_NAME, WEIGHTS_NAME, ReleaseError
 from pretrain.resnet10 import ResNet10
 from pretrain.shard_features import columns_of
-from pretrain.trained import TrainedEncoder, load_encoder, load_published_encoder
+from pretrain.trained import TrainedEncoder
 from pretrain.unet import AttentionBlock
 from tools.evaluate_attributes import evaluate_attributes
 from tools.model_card import Measured, make_card
@@ -60,40 +57,6 @@ class Published:
     error: float
     """Largest difference of the release's z from the trained encoder's, relative to the largest
     value, on random images."""
-
-
-def choose_encoder(
-    store: ObjectStore,
-    *,
-    run_url: str | None,
-    step: int | None,
-    checkpoint_url: str | None,
-    config: ConfigSource | None,
-    ema: bool,
-) -> TrainedEncoder:
-    """The encoder of a run, or of an authors' file.
-
-    Raises:
-        ValueError: not exactly one of both is given, or something that belongs to the other one.
-        CheckpointError, PublishedCheckpointError: it cannot be used.
-    """
-    if run_url is not None and checkpoint_url is None:
-        if config is not None:
-            raise ValueError(
-                f"a config belongs to a checkpoint file; {run_url} is a run, which holds its own"
-            )
-        return load_encoder(store, absolute(run_url), step=step, ema=ema)
-    if checkpoint_url is not None and run_url is None:
-        if step is not None:
-            raise ValueError(
-                f"a step chooses among the checkpoints of a run; {checkpoint_url} is one "
-                f"checkpoint, so give no step"
-            )
-        return load_published_encoder(absolute(checkpoint_url), config, store=store, ema=ema)
-    raise ValueError(
-        f"exactly one of a run and a checkpoint file must be given, got "
-        f"{'neither' if run_url is None else f'{run_url} and {checkpoint_url}'}"
-    )
 
 
 def publish_encoder(
@@ -289,14 +252,8 @@ def _backbone_card(store: ObjectStore, trained: TrainedEncoder) -> dict[str, Any
     task = trained.config.get("task")
     if task is None:  # an authors' file
         return {}
-    url = task["backbone"]["weights"].removesuffix(".safetensors") + ".json"
     try:
-        if url.startswith(BUILTIN_PREFIX):
-            name = url.removeprefix(BUILTIN_PREFIX)
-            data = resources.files("pretrain").joinpath("weights", name).read_bytes()
-        else:
-            data = store.read(url)
-        card = dict(json.loads(data))
+        card = card_of(store, task["backbone"]["weights"])
     except (OSError, TypeError, ValueError):
         return {}
     return card if card.get("sha256") == trained.backbone_sha256 else {}

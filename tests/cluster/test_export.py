@@ -21,11 +21,12 @@ import torch
 import webdataset as wds
 from PIL import Image
 
-from cluster.export import Export, ExportFailedError, export_features, export_shard
+from cluster.export import export_features
 from cluster.features import diff_features, features_to_shards, verify_features
 from cluster.session import ray_session
 from data_pipelines.decoding import decode_image
-from data_pipelines.feature_part import CopiedKind, FeatureLayout, PartInfo, encode_part, open_part
+from data_pipelines.feature_layout import CopiedKind, FeatureLayout
+from data_pipelines.feature_part import PartInfo, encode_part, open_part
 from data_pipelines.feature_store import (
     FeatureManifest,
     open_features,
@@ -35,6 +36,7 @@ from data_pipelines.feature_store import (
 from data_pipelines.object_store import ObjectMissingError, ObjectStore, join
 from data_pipelines.shard_index import ShardIndex, read_index, write_index
 from data_pipelines.shard_writer import write_shard
+from pretrain.feature_export import Export, ExportFailedError, export_shard
 from pretrain.shard_features import CopyError, EncoderOnDevice, columns_of, copied_fields
 from pretrain.trained import TrainedEncoder, load_published_encoder
 from tests.published_files import write_run

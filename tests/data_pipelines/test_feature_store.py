@@ -17,15 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.loading import digest_of_json
+from data_pipelines.feature_layout import FeatureColumn, FeatureLayout, select_columns
 from data_pipelines.feature_part import (
-    FeatureColumn,
-    FeatureLayout,
     FeatureMismatchError,
     PartOrigin,
     PartSummary,
     encode_part,
     open_part,
-    select_columns,
     summary_of,
 )
 from data_pipelines.feature_store import (

@@ -14,12 +14,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from data_pipelines.feature_part import (
-    FeatureColumn,
-    FeatureLayout,
-    PartOrigin,
-    encode_part,
-)
+from data_pipelines.feature_layout import FeatureColumn, FeatureLayout
+from data_pipelines.feature_part import PartOrigin, encode_part
 from data_pipelines.feature_store import open_features, publish_manifest
 from data_pipelines.local_s3 import LocalS3
 from data_pipelines.object_store import ObjectStore, join

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 
 from cluster.export import export_features
@@ -19,18 +18,11 @@ from data_pipelines.local_s3 import LocalS3
 from data_pipelines.object_store import ObjectStore, join
 from tests.published_files import write_run
 from tests.tiny_run import make_shards
+from tools.benchmarks.export import exporters
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 
 SHARDS, ROWS = 60, 60
-
-
-def exporters(driver: int) -> list[psutil.Process]:
-    return [
-        process
-        for process in psutil.Process(driver).children(recursive=True)
-        if any("ExportWorker.work" in word for word in process.cmdline())
-    ]
 
 
 def until(what: Callable[[], bool], seconds: float = 120) -> None:

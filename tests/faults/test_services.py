@@ -5,7 +5,6 @@ import signal
 import threading
 from pathlib import Path
 
-import psutil
 import pytest
 
 from cluster.export import export_features
@@ -18,6 +17,7 @@ from pretrain import checkpoint
 from pretrain.preflight import run_url
 from tests.faults.harm import Once, kill_the_coordinator
 from tests.tiny_run import make_run, make_shards
+from tools.benchmarks.export import exporters
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 
@@ -83,14 +83,10 @@ def test_a_killed_exporter_is_replaced(victim: LocalS3, tmp_path: Path) -> None:
     killed: list[int] = []
 
     def kill_one(state) -> None:
-        exporters = [
-            process
-            for process in psutil.Process().children(recursive=True)
-            if any("ExportWorker.work" in word for word in process.cmdline())
-        ]
-        if not killed and exporters and state.done >= 1:
-            killed.append(exporters[0].pid)
-            os.kill(exporters[0].pid, signal.SIGKILL)
+        running = exporters(os.getpid())
+        if not killed and running and state.done >= 1:
+            killed.append(running[0].pid)
+            os.kill(running[0].pid, signal.SIGKILL)
 
     with ray_session(num_cpus=2):
         launch_training(run, local_dir=tmp_path / "local")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipelines.feature_part import INT8_LIMIT
+from data_pipelines.feature_layout import INT8_LIMIT
 from data_pipelines.object_store import ObjectStore
 from data_pipelines.sample_images import decode_sample
 from data_pipelines.sample_reader import iter_shard

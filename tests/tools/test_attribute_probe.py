@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 from numpy.typing import NDArray
 
-from data_pipelines.feature_part import FeatureColumn
+from data_pipelines.feature_layout import FeatureColumn
 from data_pipelines.feature_store import Features
 from tools.attribute_probe import ProbeResult, probe, probe_features
 

@@ -9,13 +9,11 @@ import torch
 from typer.testing import CliRunner, Result
 
 from configs.task import BackboneConfig, DitiTask
-from data_pipelines.feature_part import FeatureLayout, PartOrigin, open_part
+from data_pipelines.feature_layout import FeatureLayout
+from data_pipelines.feature_part import PartOrigin, open_part
 from data_pipelines.feature_store import open_features, read_manifest
 from data_pipelines.object_store import ObjectStore, join
-from pretrain import checkpoint
 from pretrain.backbone import load_backbone
-from pretrain.encoder import Encoder
-from pretrain.pieces import pack
 from pretrain.published import load_authors_checkpoint
 from pretrain.shard_features import EncoderOnDevice, columns_of, encode_shard
 from pretrain.trained import load_encoder, load_published_encoder
@@ -27,6 +25,7 @@ from tests.published_files import (
     write_denoiser,
     write_run,
 )
+from tests.tiny_release import write_checkpoint
 from tests.tiny_run import make_run, make_shards
 from tools.cli import app
 
@@ -150,42 +149,16 @@ def test_inspecting_something_else_is_refused(tmp_path: Path) -> None:
 def test_the_encoder_of_a_run_comes_with_or_without_averaging(tmp_path: Path) -> None:
     config = make_run(STORE, str(tmp_path))
     assert isinstance(config.task, DitiTask)
-    states = {}
-    for kind in ("ema", "weights"):
-        encoder = Encoder(config.task.encoder, image_size_px=32)
-        states[kind] = {f"encoder.{key}": t for key, t in encoder.state_dict().items()}
-    files = {
-        checkpoint.piece_file(kind, 0): pack(
-            [f"{name}@0" for name in state], [tensor.flatten() for tensor in state.values()]
-        )
-        for kind, state in states.items()
-    }
     run = str(tmp_path / "run")
-    for name, data in files.items():
-        STORE.write(join(run, "checkpoints/step-00000003/parts", name), data)
-    manifest = checkpoint.Manifest(
-        step=3,
-        images=96,
-        parent=None,
-        parts="parts",
-        config=config.model_dump(mode="json"),
-        index_digest="",
-        backbone_sha256=config.task.backbone.sha256,
-        world_size=1,
-        code_version="",
-        shapes={name: list(tensor.shape) for name, tensor in states["ema"].items()},
-        counters={},
-        files={n: (len(d), hashlib.sha256(d).hexdigest()) for n, d in files.items()},
-    )
-    STORE.write(join(run, "checkpoints/step-00000003/COMPLETE.json"), checkpoint.to_json(manifest))
+    states = write_checkpoint(STORE, run, config, step=3)
     for ema, name in ((True, "ema"), (False, "weights")):
         trained = load_encoder(STORE, run, ema=ema)
         first = trained.encoder.state_dict()["encoder.0.weight"]
-        assert torch.equal(first, states[name]["encoder.encoder.0.weight"])
+        assert torch.equal(first, states[name]["encoder.0.weight"])
         assert (trained.checkpoint, trained.step) == ("step-00000003", 3)
         assert trained.image_size_px == 32
         assert trained.backbone_sha256 == config.task.backbone.sha256
-        assert trained.config == manifest.config
+        assert trained.config == config.model_dump(mode="json")
         assert trained.partition.dim_ends == (8, 16, 24)
 
 

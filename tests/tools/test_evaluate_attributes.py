@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipelines.feature_part import FeatureColumn, FeatureLayout, PartOrigin, encode_part
+from data_pipelines.feature_layout import FeatureColumn, FeatureLayout
+from data_pipelines.feature_part import PartOrigin, encode_part
 from data_pipelines.feature_store import part_name, publish_manifest
 from data_pipelines.object_store import ObjectStore
 from data_pipelines.shard_index import read_index

@@ -386,7 +386,7 @@ def test_a_licence_is_one_identifier(tmp_path: Path, licence: str) -> None:
 
 def test_a_run_is_published_by_its_folder(tmp_path: Path) -> None:
     run_url, out = str(tmp_path / "run"), tmp_path / "out"
-    averaged = write_checkpoint(STORE, run_url, tiny_config())
+    averaged = write_checkpoint(STORE, run_url, tiny_config())["ema"]
     result = diti("publish", run_url, "--out", str(out), "--licence", "MIT")
     assert result.exit_code == 0, result.output
     [line] = result.stdout.splitlines()

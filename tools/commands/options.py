@@ -21,6 +21,10 @@ AuthorsConfig = Annotated[
 ]
 Ema = Annotated[bool, typer.Option("--ema/--no-ema", help="Averaged weights, or the online ones.")]
 Run = Annotated[str | None, typer.Argument(metavar="RUN", help="The run's folder: OUTPUT/NAME.")]
+Step = Annotated[
+    int | None,
+    typer.Option(min=0, help="Checkpoint; 0 is the untrained encoder. Default: newest."),
+]
 Untrained = Annotated[
     tuple[str, str] | None,
     typer.Option(

@@ -44,10 +44,10 @@ def _code_of(error: Exception) -> int | None:
     from concurrent.futures import BrokenExecutor
 
     from cluster.batch import BatchFailedError
-    from cluster.export import ExportFailedError
     from cluster.launch import RunFailedError, RunStoppedError
     from cluster.session import ClusterError
     from data_pipelines.local_s3 import LocalS3Error
+    from pretrain.feature_export import ExportFailedError
 
     if isinstance(error, RunStoppedError):
         return 130

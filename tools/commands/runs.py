@@ -15,6 +15,7 @@ from tools.commands.options import (
     LocalDir,
     Overrides,
     Run,
+    Step,
     Timesteps,
     Untrained,
     check_out_file,
@@ -183,10 +184,7 @@ def export(
     ] = None,
     config: AuthorsConfig = None,
     ema: Ema = True,
-    step: Annotated[
-        int | None,
-        typer.Option(min=0, help="Checkpoint; 0 is the untrained encoder. Default: newest."),
-    ] = None,
+    step: Step = None,
     timesteps: Timesteps = None,
     dtype: Annotated[
         Literal["float16", "int8", "float32"],
@@ -301,10 +299,7 @@ def publish(
     ] = None,
     config: AuthorsConfig = None,
     ema: Ema = True,
-    step: Annotated[
-        int | None,
-        typer.Option(min=0, help="Checkpoint; 0 is the untrained encoder. Default: newest."),
-    ] = None,
+    step: Step = None,
     licence: Annotated[
         str | None,
         typer.Option(
@@ -325,13 +320,12 @@ def publish(
     """
     with clear_errors():
         from data_pipelines.object_store import ObjectStore
+        from pretrain.trained import choose_encoder
         from tools.progress import console
-        from tools.publish import choose_encoder, publish_encoder
+        from tools.publish import publish_encoder
 
         store = ObjectStore()
-        trained = choose_encoder(
-            store, run_url=run, step=step, checkpoint_url=checkpoint, config=config, ema=ema
-        )
+        _, trained = choose_encoder(store, run, step, checkpoint, config, ema=ema)
         written = publish_encoder(
             store, trained, out, ema=ema, licence=licence, features=features, say=console.print
         )
