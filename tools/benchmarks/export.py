@@ -41,7 +41,7 @@ from pretrain.trained import load_encoder
 from tools.benchmarks.publishing import make_config
 from tools.benchmarks.train_step import IMAGE_SIZE_PX
 
-ROWS_PER_SHARD = 250
+ROWS_PER_SHARD = 1_000
 FACES = 1_000
 SHARDS = "s3://diti/faces"
 FORWARD_SECONDS = 15.0
@@ -82,9 +82,11 @@ def _compute(pipe: Connection, encoder_url: str, core: int) -> None:
     store = ObjectStore()
     encoder = EncoderOnDevice(load_encoder(store, encoder_url), use_gpu=False)
     shard = read_index(store, SHARDS).shards[0]
-    samples = [sample for sample, _ in zip(iter_shard(store, shard), range(512), strict=False)]
-    images = np.stack([decode_sample(sample, IMAGE_SIZE_PX) for sample in samples])
-    batches = [images[at : at + encoder.batch_size] for at in range(0, 480, encoder.batch_size)]
+    images = [decode_sample(sample, IMAGE_SIZE_PX) for sample in iter_shard(store, shard)]
+    size = encoder.batch_size
+    batches = [
+        np.stack(images[at : at + size]) for at in range(0, len(images) - size + 1, size)
+    ]  # full ones only: each counts for as many images
     encoder(batches[0])
     pipe.send(None)
     while seconds := pipe.recv():
