@@ -23,14 +23,15 @@ from data_pipelines.shard_index import ShardIndex, first_ten, read_index, verify
 from pretrain.feature_export import (
     Export,
     ExportFailedError,
+    ExportStart,
     claim,
     export_shard,
     look_into,
     summarise,
 )
 from pretrain.published import ConfigSource
-from pretrain.shard_features import EncoderOnDevice, columns_of
-from pretrain.trained import EncoderLoader, TrainedEncoder, choose_encoder
+from pretrain.shard_features import EncoderOnDevice, columns_of, refuse_absent_fields
+from pretrain.trained import EncoderLoader, choose_encoder
 
 CPU_LANES = 2
 """Shards that a worker has in hand: one computes while the other is read or written."""
@@ -61,7 +62,7 @@ def export_features(
     copied: dict[str, CopiedKind] | None = None,
     error_budget: float = 0.001,
     use_gpu: bool = False,
-    on_start: Callable[[TrainedEncoder], None] = lambda encoder: None,
+    on_start: Callable[[ExportStart], None] = lambda start: None,
     on_progress: Callable[[QueueState], None] = lambda state: None,
 ) -> FeatureManifest:
     """Encode every image at `shards_url` with a trained encoder, into `out_url`.
@@ -74,7 +75,7 @@ def export_features(
         copied: fields of each sample's json that become columns.
         error_budget: share of the samples that may have no row because they cannot be used.
         use_gpu: a GPU for each worker, which computes in bfloat16.
-        on_start: called with the encoder once nothing is left to be refused.
+        on_start: called once nothing is left to be refused.
 
     Raises:
         ValueError, OSError: refused before start: no such checkpoint, shards that do not match
@@ -86,6 +87,8 @@ def export_features(
     index = read_index(store, shards_url)
     verify_listing(store, index)
     columns = select_columns(columns_of(trained.partition), timesteps)
+    if copied:
+        refuse_absent_fields(store, index.shards[0], copied)
     unscaled = Export(
         out_url=out_url,
         source=shards_url.rstrip("/").rsplit("/", 1)[-1],
@@ -99,8 +102,9 @@ def export_features(
     export = claim(store, unscaled, dtype, trained, index)
     for url in found.lost:
         store.delete(url)
-    on_start(trained)
-    if found.done < len(index.shards):
+    shards = len(index.shards)
+    on_start(ExportStart(trained, index.num_samples, shards, found.done))
+    if found.done < shards:
         _work_off(store, load, export, index, num_workers, on_progress)
     manifest = summarise(store, export, trained, index, error_budget)
     publish_manifest(store, out_url, manifest)

@@ -18,7 +18,8 @@ from cluster.leases import LEASE_SECONDS, QueueState
 from cluster.session import last_line
 from data_pipelines.object_store import ObjectStore, StoreError, StoreUnavailableError
 
-POLL_SECONDS = 0.2
+POLL_SECONDS = 0.5
+"""A question to the coordinator costs milliseconds on both sides, on the cores that work."""
 IDLE_SECONDS = (0.5, 8.0)
 """A worker that gets nothing asks again after the first of these, then ever later, up to the
 second: a thousand idle workers must not keep the coordinator from the others."""
@@ -102,7 +103,7 @@ def run_workers(
     Args:
         workers: handles of actors whose `work(name, coordinator)` calls `work_off`; the names are
             unlike those of any other driver.
-        on_progress: told the state of the queue a few times a second.
+        on_progress: told the state of the queue twice a second.
         folders: of the shard sets whose index the coordinator holds for the workers.
 
     Returns:

@@ -79,12 +79,12 @@ def iter_shard(
     Raises:
         ShardMismatchError: the tar is not the one that was indexed.
     """
-    table = read_members(store, shard)
+    table, url = read_members(store, shard), shard.url
     wanted = table.those_of(extensions)
 
     def read(rows: tuple[int, int]) -> tuple[bytes, int]:
         start, end = row_span(table, *rows, wanted)
-        return store.read(shard.url, start, end) if end - start <= MAX_WINDOW_BYTES else b"", start
+        return store.read(url, start, end) if end - start <= MAX_WINDOW_BYTES else b"", start
 
     with ThreadPoolExecutor(1, "read-ahead") as pool:
         reads = list(_reads(table, wanted))
@@ -95,9 +95,9 @@ def iter_shard(
                 coming = pool.submit(read, reads[number])
             for row in range(first, last):
                 try:
-                    yield member_sample(table, row, shard.url, window, start, wanted)
+                    yield member_sample(table, row, url, window, start, wanted)
                 except ShardMismatchError:  # a bit that flipped on the way, or a window too long
-                    yield read_sample(store, shard.url, table, row, wanted)
+                    yield read_sample(store, url, table, row, wanted)
 
 
 def _reads(table: MemberTable, extensions: Sequence[str]) -> Iterator[tuple[int, int]]:

@@ -117,6 +117,17 @@ class Export:
 
 
 @dataclass(frozen=True, slots=True)
+class ExportStart:
+    """What an export begins with."""
+
+    encoder: TrainedEncoder
+    images: int
+    shards: int
+    done: int
+    """Shards that were exported before."""
+
+
+@dataclass(frozen=True, slots=True)
 class Found:
     """What is there of an export."""
 

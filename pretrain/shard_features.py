@@ -30,6 +30,8 @@ CPU_BATCH = 32
 GPU_BATCH = 256
 CALIBRATION_IMAGES = 1_024
 CALIBRATION_SHARDS = 16
+JSON_SAMPLES = 256
+"""In which a field that is to be copied must occur."""
 INT8_HEADROOM = 1.25
 """Of normal values the largest of 1,024 is 3.2 standard deviations; eight bits are used best where
 four fit in. What lies beyond saturates."""
@@ -165,6 +167,36 @@ def copied_fields(sample: Sample, kinds: Mapping[str, CopiedKind]) -> dict[str, 
         raise
     except (ValueError, OverflowError, AttributeError, RecursionError) as error:
         raise CopyError(f"unusable json: {error}") from error
+
+
+def refuse_absent_fields(store: ObjectStore, shard: Shard, kinds: Mapping[str, CopiedKind]) -> None:
+    """A misspelt name or a wrong kind, before a whole set has been encoded with it.
+
+    Raises:
+        ValueError: the first samples of the shard have json, but in none of them the field, or in
+            none of that kind.
+    """
+    found: set[str] = set()
+    errors: list[str] = []
+    usable = 0
+    for sample in islice(iter_shard(store, shard, ["json"]), JSON_SAMPLES):
+        try:
+            copied_fields(sample, kinds)
+            found |= json.loads(sample.get("json", b"{}")).keys()
+            usable += 1
+        except CopyError as error:
+            errors.append(str(error))
+    if errors and not usable:
+        raise ValueError(
+            f"no json of the first {len(errors)} samples of {shard.url} can be copied "
+            f"from, for one: {errors[0]}; give other names or kinds to --copy"
+        )
+    if absent := sorted(kinds.keys() - found):
+        raise ValueError(
+            f"no json of the first {usable} samples of {shard.url} has a field "
+            f"{', '.join(absent)}; there are: {', '.join(sorted(found)) or 'none'}. Give one of "
+            f"these to --copy"
+        )
 
 
 def _of_kind(value: Any, name: str, kind: CopiedKind) -> Any:

@@ -1,5 +1,8 @@
 """A real run that fits in seconds: 32 px avatars, a two-level U-Net, all else as it ships."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 from configs.loading import parse_run
@@ -69,9 +72,15 @@ def make_backbone(
 
 
 def make_shards(
-    store: ObjectStore, url: str, *, split: Split = "train", shards: int = 4, rows: int = 24
+    store: ObjectStore,
+    url: str,
+    *,
+    split: Split = "train",
+    shards: int = 4,
+    rows: int = 24,
+    more: Mapping[str, Any] | None = None,
 ) -> ShardIndex:
-    """A small avatar set."""
+    """A small avatar set; `more` goes into the json of every sample."""
     spec = AvatarSpec(split=split)
     return write_index(
         store,
@@ -82,7 +91,7 @@ def make_shards(
                 url,
                 number,
                 (
-                    (face.jpeg, face.metadata)
+                    (face.jpeg, face.metadata | (more or {}))
                     for face in (draw_avatar(spec, number * rows + row) for row in range(rows))
                 ),
             )

@@ -20,7 +20,7 @@ from tools.attribute_probe import ProbeResult
 from tools.denoising import FourLosses
 from tools.evaluate_attributes import evaluate_attributes
 from tools.make_data import make_avatars
-from tools.progress import console, image_bar, say_start, shard_bar, training_bar, working
+from tools.progress import console, export_bar, image_bar, say_start, training_bar, working
 from tools.report import make_report
 
 AVATARS_URL = "s3://diti/avatars"
@@ -134,7 +134,7 @@ def _make_data(store: ObjectStore) -> None:
 def _export(store: ObjectStore, config: RunConfig, split: Split, step: int) -> str:
     out_url = join(run_url(config), "features", f"step-{step:08d}-{split}")
     which = "trained" if step else "untrained"
-    with shard_bar(f"export {split}, {which}") as show:
+    with export_bar(f"export {split}, {which}") as (start, show):
         export_features(
             store,
             run_url=run_url(config),
@@ -142,6 +142,7 @@ def _export(store: ObjectStore, config: RunConfig, split: Split, step: int) -> s
             shards_url=join(AVATARS_URL, split),
             out_url=out_url,
             num_workers=NUM_WORKERS,
+            on_start=start,
             on_progress=show,
         )
     return out_url

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cluster.leases import QueueState
+from pretrain.feature_export import ExportStart
 from pretrain.preflight import Preflight
-from pretrain.trained import TrainedEncoder
 from pretrain.window import Progress as RankProgress
 from tools.tables import counted
 
@@ -99,9 +99,32 @@ def shard_bar(label: str) -> Iterator[Callable[[QueueState], None]]:
         yield show
 
 
-def say_encoder(encoder: TrainedEncoder) -> None:
-    """Which of a run's checkpoints is exported: a run may go on meanwhile."""
-    console.print(f"encoder of {encoder.checkpoint}", highlight=False)
+@contextmanager
+def export_bar(
+    label: str,
+) -> Iterator[tuple[Callable[[ExportStart], None], Callable[[QueueState], None]]]:
+    """A bar over an export with its rate; takes what it begins with, and the state of its queue."""
+    with progress_bar(label, 1.0) as update:
+        images_per_shard, before, begun_at = 0.0, 0, time.monotonic()
+
+        def start(found: ExportStart) -> None:
+            nonlocal images_per_shard, before, begun_at
+            images_per_shard = found.images / found.shards
+            before, begun_at = found.done, time.monotonic()
+            said = f"encoder of {found.encoder.checkpoint}; {counted(found.images, 'image')} in "
+            said += f"{counted(found.shards, 'shard')}"
+            if found.done:
+                left = found.shards - found.done
+                said += f", {found.done} of them exported before, {left or 'none'} left"
+            console.print(said, highlight=False, soft_wrap=True)
+
+        def show(state: QueueState) -> None:
+            everything = state.done + state.leased + state.waiting + len(state.failures)
+            rate = (state.done - before) * images_per_shard / (time.monotonic() - begun_at)
+            said = f"{counted(state.done, 'shard')} done, {rate:.0f} images/s"
+            update(state.done / max(1, everything), said)
+
+        yield start, show
 
 
 def say_start(found: Preflight) -> None:

@@ -69,7 +69,8 @@ def finished(
 ) -> tuple[ShardIndex, str]:
     """A shard set and its features; tests only read them."""
     folder = tmp_path_factory.mktemp("finished")
-    index = make_shards(STORE, str(folder / "shards"), shards=SHARDS, rows=ROWS)
+    folder_url, nothing = str(folder / "shards"), {"nothing": None}
+    index = make_shards(STORE, folder_url, shards=SHARDS, rows=ROWS, more=nothing)
     export(checkpoint_file, index, str(folder / "features"), copied=COPIED)
     return index, str(folder / "features")
 
@@ -199,6 +200,21 @@ def test_a_copied_field_is_of_its_kind_or_the_sample_is_refused(content, kinds, 
     else:
         with pytest.raises(CopyError, match=expected):
             copied_fields({"json": content}, kinds)
+
+
+@pytest.mark.parametrize(
+    ("copied", "message"),
+    [
+        ({"captoin": "string"}, "has a field captoin; there are: .*caption, .*width"),
+        ({"caption": "int"}, "for one: .*caption is a str, not a int"),
+    ],
+)
+def test_a_field_that_no_json_has_is_refused_before_anything_is_written(
+    checkpoint_file: Path, shards: ShardIndex, empty: str, copied: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        export(checkpoint_file, shards, empty, copied=copied)
+    assert not Path(empty).exists()
 
 
 def test_features_as_tars_have_the_names_and_keys_of_their_images(

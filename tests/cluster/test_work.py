@@ -47,6 +47,11 @@ def begun(folder: Path) -> list[tuple[str, str]]:
     return [tuple(path.name.split()[:2]) for path in folder.iterdir()]
 
 
+def written(folder: Path) -> list[str]:
+    """The objects of a local folder; what is being written, or was left by a kill, is none."""
+    return sorted(path.stem for path in folder.glob("[!.]*"))
+
+
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Cluster]:
     """Room for two workers; tests may add some."""
@@ -242,13 +247,13 @@ def test_a_new_coordinator_knows_what_is_finished_and_takes_what_is_in_hand(
 
     def kill_it(state: QueueState) -> None:
         if state.done >= 10 and not finished:
-            finished.extend(path.stem for path in out.iterdir())
+            finished.extend(written(out))
             ray.kill(coordinator())  # as Ray does when its driver ends
 
     state, results = run([worker(folder, write_part) for _ in range(2)], items, kill_it, str(out))
     assert results == {}, "they are in storage"
     assert state.waiting == state.leased == len(state.failures) == 0
-    assert sorted(path.stem for path in out.iterdir()) == list(items)
+    assert written(out) == list(items)
     times = [item for item, _ in begun(folder)]
     assert len(finished) >= 10
     assert all(times.count(item) == 1 for item in finished)
@@ -338,7 +343,7 @@ def test_a_driver_that_joins_goes_on_when_the_first_one_is_killed(
     [firsts] = names()
     second = start_driver(nodes, tmp_path)
     wait_until(lambda: len(names()) == 2, first, second)
-    finished = {path.stem for path in parts.glob("[!.]*")}  # a scratch file is not finished
+    finished = written(parts)
     first.send_signal(signal.SIGKILL)
     first.communicate()
     killed_at = time.time()
@@ -348,8 +353,7 @@ def test_a_driver_that_joins_goes_on_when_the_first_one_is_killed(
         second.kill()
         nodes.remove_node(node)
     assert second.returncode == 0, said
-    written = (path.stem for path in parts.glob("[!.]*"))
-    assert sorted(written) == [f"{n:05d}" for n in range(NUM_ITEMS)]
+    assert written(parts) == [f"{n:05d}" for n in range(NUM_ITEMS)]
     begun_by = [path.name.split() for path in log.iterdir()]
     times = [item for _, item in begun_by]
     assert 0 < len(finished) < NUM_ITEMS - 10, "the first one was killed in mid-work"

@@ -41,7 +41,7 @@ from pretrain.trained import load_encoder
 from tools.benchmarks.publishing import make_config
 from tools.benchmarks.train_step import IMAGE_SIZE_PX
 
-ROWS_PER_SHARD = 1_000
+ROWS_PER_SHARD = 500
 FACES = 1_000
 SHARDS = "s3://diti/faces"
 FORWARD_SECONDS = 15.0
@@ -219,7 +219,7 @@ def main() -> None:
         store = ObjectStore()
         write_faces(store, args.images)
         encoder_url = train_one_step(store, Path(name))
-        forward, exported = [forward_rate(encoder_url, args.workers)], []
+        forward, exported, ratios = [forward_rate(encoder_url, args.workers)], [], []
         for number in range(args.rounds):
             watch = export_watched(store, encoder_url, out_url(number), args.workers)
             assert watch.first_lease is not None
@@ -227,9 +227,12 @@ def main() -> None:
             sizes = ", ".join(f"{share:.0%} {watch.at(share)}" for share in (0.1, 0.5, 1))
             print(f"memory of the largest worker, MiB, at {sizes}", flush=True)
             forward.append(forward_rate(encoder_url, args.workers))
+            ratios.append(exported[-1] / statistics.mean(forward[-2:]))
         print(f"forward pass alone, images/s: {', '.join(f'{rate:.0f}' for rate in forward)}")
         print(f"export, images/s: {', '.join(f'{rate:.0f}' for rate in exported)}")
-        print(f"export / forward pass: {statistics.mean(exported) / statistics.mean(forward):.3f}")
+        each = ", ".join(f"{ratio:.3f}" for ratio in ratios)
+        print(f"export / forward pass before and after it: {each}")
+        print(f"median: {statistics.median(ratios):.3f}")
         if args.kill:
             killed_out = "s3://diti/killed"
             for line in export_killed(store, encoder_url, killed_out, args.workers):

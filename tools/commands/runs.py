@@ -210,9 +210,9 @@ def export(
     with clear_errors(goes_on=True):
         from cluster.export import export_features
         from data_pipelines.object_store import ObjectStore
-        from tools.progress import say_encoder, shard_bar
+        from tools.progress import export_bar
 
-        with shard_bar("export") as show:
+        with export_bar("export") as (say_start, show):
             manifest = export_features(
                 ObjectStore(),
                 run_url=run,
@@ -228,7 +228,7 @@ def export(
                 shards_url=shards,
                 out_url=out,
                 num_workers=workers,
-                on_start=say_encoder,
+                on_start=say_start,
                 on_progress=show,
             )
         typer.echo(f"{counted(manifest.rows, 'row')} of {manifest.checkpoint} at {out}")
