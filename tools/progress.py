@@ -105,12 +105,13 @@ def export_bar(
 ) -> Iterator[tuple[Callable[[ExportStart], None], Callable[[QueueState], None]]]:
     """A bar over an export with its rate; takes what it begins with, and the state of its queue."""
     with progress_bar(label, 1.0) as update:
-        images_per_shard, before, begun_at = 0.0, 0, time.monotonic()
+        images_per_shard, before = 0.0, 0
+        begun_at: float | None = None  # with the first lease: what came before is starting up
 
         def start(found: ExportStart) -> None:
-            nonlocal images_per_shard, before, begun_at
+            nonlocal images_per_shard, before
             images_per_shard = found.images / found.shards
-            before, begun_at = found.done, time.monotonic()
+            before = found.done
             said = f"encoder of {found.encoder.checkpoint}; {counted(found.images, 'image')} in "
             said += f"{counted(found.shards, 'shard')}"
             if found.done:
@@ -119,9 +120,14 @@ def export_bar(
             console.print(said, highlight=False, soft_wrap=True)
 
         def show(state: QueueState) -> None:
+            nonlocal begun_at
+            if begun_at is None and state.leased:
+                begun_at = time.monotonic()
             everything = state.done + state.leased + state.waiting + len(state.failures)
-            rate = (state.done - before) * images_per_shard / (time.monotonic() - begun_at)
-            said = f"{counted(state.done, 'shard')} done, {rate:.0f} images/s"
+            said = f"{counted(state.done, 'shard')} done"
+            if begun_at is not None and state.done > before:
+                rate = (state.done - before) * images_per_shard / (time.monotonic() - begun_at)
+                said += f", {rate:.0f} images/s"
             update(state.done / max(1, everything), said)
 
         yield start, show
