@@ -14,6 +14,7 @@ from scipy.linalg import LinAlgWarning
 from sklearn.linear_model import RidgeCV
 from sklearn.metrics import average_precision_score
 
+from data_pipelines.feature_layout import FeatureColumn, select_columns
 from data_pipelines.feature_store import Features
 
 STRENGTHS = tuple(float(x) for x in np.logspace(0, 5, 11))
@@ -90,20 +91,30 @@ def probe_features(
     attributes: tuple[str, ...],
 ) -> list[ProbeResult]:
     """The whole feature first, then each of its subsets alone."""
-    whole = probe("all subsets", train.values, train_y, test.values, test_y, attributes)
-    first = train.columns[0].dims[0]
-    parts = []
-    for column in train.columns:
-        dims = slice(column.dims[0] - first, column.dims[1] - first)
-        start, end = column.timesteps
-        parts.append(
-            probe(
-                f"{column.name}: time-steps {start}-{end}",
-                train.values[:, dims],
-                train_y,
-                test.values[:, dims],
-                test_y,
-                attributes,
-            )
-        )
-    return [whole, *parts]
+    return [
+        probe(name, train.values[:, dims], train_y, test.values[:, dims], test_y, attributes)
+        for name, dims in subsets_of(train)
+    ]
+
+
+def subsets_of(
+    features: Features, timesteps: tuple[int, int] | None = None
+) -> list[tuple[str, slice]]:
+    """Name and dimensions of the whole feature, of each subset, and of those in a range together.
+
+    Raises:
+        ValueError: no subset has time-steps in that half-open range.
+    """
+    columns = features.columns
+    chosen: list[tuple[str, tuple[FeatureColumn, ...]]]
+    chosen = [(column.name, (column,)) for column in columns]
+    if timesteps is not None:
+        some = select_columns(columns, timesteps)
+        chosen.append((f"{some[0].name} to {some[-1].name}", some))
+    first = columns[0].dims[0]
+    subsets = [("all subsets", slice(0, columns[-1].dims[1] - first))]
+    for name, some in chosen:
+        start, end = some[0].timesteps[0], some[-1].timesteps[1]
+        dims = slice(some[0].dims[0] - first, some[-1].dims[1] - first)
+        subsets.append((f"{name}: time-steps {start}-{end}", dims))
+    return subsets

@@ -42,6 +42,21 @@ def print_probes(results: list[Any]) -> None:
     Console().print(table)
 
 
+def print_few_shot(results: list[Any]) -> None:
+    """A row per feature, a column per number of shots: mean over the draws, and their spread."""
+    by_name: dict[str, list[Any]] = {}
+    for result in results:
+        by_name.setdefault(result.name, []).append(result)
+    first = next(iter(by_name.values()))
+    title = f"accuracy on unseen images, mean of {counted(len(first[0].attributes), 'attribute')}"
+    shots = [f"{result.shots} shots" for result in first]
+    table = Table("feature", "dims", *shots, title=f"{title} (spread over the draws)")
+    for name, some in by_name.items():
+        cells = [f"{result.mean:.3f} ({result.spread:.3f})" for result in some]
+        table.add_row(name, str(some[0].dims), *cells)
+    Console().print(table)
+
+
 def print_losses(losses: Any) -> None:
     table = Table("feature given to the decoder", "loss", title="loss on unseen images")
     table.add_row("none: backbone alone", f"{losses.backbone:.5f}")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from configs.task import BackboneConfig, DitiTask
 from data_pipelines.feature_layout import FeatureLayout
@@ -17,6 +17,7 @@ from pretrain.backbone import load_backbone
 from pretrain.published import load_authors_checkpoint
 from pretrain.shard_features import EncoderOnDevice, columns_of, encode_shard
 from pretrain.trained import load_encoder, load_published_encoder
+from tests.diti_command import diti
 from tests.published_files import (
     RUN_CONFIG,
     UNET,
@@ -27,13 +28,8 @@ from tests.published_files import (
 )
 from tests.tiny_release import write_checkpoint
 from tests.tiny_run import make_run, make_shards
-from tools.cli import app
 
 STORE = ObjectStore()
-
-
-def diti(*arguments: str) -> Result:
-    return CliRunner().invoke(app, list(arguments))
 
 
 def done(result: Result) -> str:

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from cluster.session import ray_session
 from configs.loading import dump_run
@@ -14,13 +14,9 @@ from data_pipelines.local_s3 import LocalS3, local_s3
 from data_pipelines.object_store import ObjectStore, join
 from pretrain import checkpoint
 from pretrain.backbone import digest_of_state
+from tests.diti_command import diti
 from tests.published_files import write_denoiser, write_run
 from tests.tiny_run import make_run
-from tools.cli import app
-
-
-def diti(*arguments: str) -> Result:
-    return CliRunner().invoke(app, list(arguments))
 
 
 def train(tmp_path: Path, run: RunConfig, *overrides: str) -> Result:

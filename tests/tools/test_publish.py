@@ -15,7 +15,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 import tools.publish
 from cluster.export import export_features
@@ -28,19 +28,15 @@ from pretrain.encoder import Encoder
 from pretrain.released_encoder import ReleaseError, load_encoder, preprocess
 from pretrain.trained import load_encoder as load_trained
 from pretrain.trained import load_published_encoder
+from tests.diti_command import diti
 from tests.published_files import RUN_CONFIG, write_denoiser, write_run
 from tests.tiny_release import RESNET10, tiny_config, tiny_trained, write_checkpoint
 from tests.tiny_run import make_backbone, make_shards
-from tools.cli import app
 from tools.evaluate_attributes import evaluate_attributes
 from tools.publish import publish_encoder
 
 STORE = ObjectStore()
 FILES = ["README.md", "diti_encoder.py", "encoder.json", "encoder.safetensors"]
-
-
-def diti(*arguments: str) -> Result:
-    return CliRunner().invoke(app, list(arguments))
 
 
 def refused(result: Result, *words: str) -> None:

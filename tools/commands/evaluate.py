@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from tools.commands.options import AsJson, AuthorsConfig, Run, Untrained
+from tools.commands.options import AsJson, AuthorsConfig, Run, Timesteps, Untrained, ends_of
 from tools.commands.outcome import clear_errors
-from tools.tables import print_probes, print_reconstructions
+from tools.tables import print_few_shot, print_probes, print_reconstructions
 
 app = typer.Typer(help="What features hold.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -53,6 +53,67 @@ def attributes(
             typer.echo(json.dumps(rows, indent=1))
         else:
             print_probes(results)
+
+
+@app.command()
+def fewshot(
+    train_features: Annotated[
+        str, typer.Argument(metavar="TRAIN", help="Features whose samples are the few examples.")
+    ],
+    test_features: Annotated[
+        str, typer.Argument(metavar="TEST", help="Features that the probe is scored on.")
+    ],
+    shots: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Examples with and as many without it. Default: 5, 10, 20, 50."),
+    ] = None,
+    draws: Annotated[int, typer.Option(min=1, help="Of the examples, for mean and spread.")] = 10,
+    shortcut: Annotated[
+        str | None,
+        typer.Option(help="An attribute that misleads: it agrees in most examples, not in TEST."),
+    ] = None,
+    share: Annotated[
+        float, typer.Option(min=0.5, max=1, help="Of the examples that agree with --shortcut.")
+    ] = 1.0,
+    timesteps: Timesteps = None,
+    pixels: Annotated[bool, typer.Option(help="Also probe the raw pixels.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Accuracy after a few examples of each attribute: whole feature, each subset, raw pixels.
+
+    A subset alone is an intervention on the others: what they say cannot mislead it.
+
+    Example: diti eval fewshot runs/mine/features/val runs/mine/features/test
+    --shortcut dark_background
+    """
+    with clear_errors():
+        from data_pipelines.object_store import ObjectStore
+        from tools.evaluate_few_shot import SHOTS, evaluate_few_shot
+        from tools.few_shot import Shortcut
+        from tools.progress import working
+
+        with working("learning from few examples") as say:
+            results = evaluate_few_shot(
+                ObjectStore(),
+                train_url=train_features,
+                test_url=test_features,
+                shots=sorted(set(shots or SHOTS)),
+                draws=draws,
+                shortcut=Shortcut(shortcut, share) if shortcut else None,
+                timesteps=ends_of(timesteps),
+                pixels=pixels,
+                on_result=lambda result: say(f"{result.shots} shots, {result.name}"),
+            )
+        if as_json:
+            rows = [
+                {"name": r.name, "dims": r.dims, "shots": r.shots, "mean": r.mean}
+                | {"spread": r.spread}
+                | {"attributes": dict(zip(r.attributes, r.accuracy.T.tolist(), strict=True))}
+                for r in results
+            ]
+            typer.echo(json.dumps(rows, indent=1))
+        else:
+            print_few_shot(results)
 
 
 @app.command()

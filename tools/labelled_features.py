@@ -1,0 +1,76 @@
+"""Two halves of labelled features: a probe learns on the first and is scored on the second."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipelines.feature_store import FeatureManifest, Features, open_features, read_manifest
+from data_pipelines.object_store import ObjectStore
+from data_pipelines.sample_reader import Sample
+from tools.labels import Labels, labels_of, places_of, read_pixels, read_source
+
+
+@dataclass(frozen=True, slots=True)
+class Half:
+    """Features, and the shard set that they were exported from."""
+
+    manifest: FeatureManifest
+    features: Features
+    samples: list[Sample]
+    """All of the set, also those that have no features."""
+    labels: Labels
+
+    @property
+    def attributes(self) -> tuple[str, ...]:
+        return self.labels.names
+
+    @property
+    def y(self) -> NDArray[np.int8]:
+        """(N, A) labels, 0 or 1, in the order of the features."""
+        return self.labels.of(places_of(self.manifest, self.features))
+
+    def flat_pixels(self) -> NDArray[np.float32]:
+        """(samples, H * W * 3) in [0, 1], in the order of `labels.values`."""
+        pixels = read_pixels(self.samples, self.manifest.config["data"]["image_size_px"])
+        return (pixels.reshape(len(pixels), -1) / 255.0).astype(np.float32)
+
+
+def read_halves(store: ObjectStore, train_url: str, test_url: str) -> tuple[Half, Half]:
+    """Features of two disjoint shard sets by one encoder, with the labels of their shards.
+
+    Raises:
+        ValueError: both come from the same shards, or from different encoders; the shards changed
+            after the export; or labels are missing, or differ in their names.
+    """
+    manifests = read_manifests(store, train_url, test_url)
+    samples = [read_source(store, manifest) for manifest in manifests]
+    labels = [labels_of(half) for half in samples]
+    if labels[0].names != labels[1].names:
+        raise ValueError(
+            f"{train_url} and {test_url} come from shards that are labelled with different "
+            f"attributes: {sorted(set(labels[0].names) ^ set(labels[1].names))}"
+        )
+    train, test = (
+        Half(manifest, open_features(url, store=store).arrays(), half, names)
+        for manifest, url, half, names in zip(
+            manifests, (train_url, test_url), samples, labels, strict=True
+        )
+    )
+    return train, test
+
+
+def read_manifests(store: ObjectStore, train_url: str, test_url: str) -> list[FeatureManifest]:
+    """Of the features to learn on and of those to score on; raises as `read_halves`."""
+    train, test = manifests = [read_manifest(store, url) for url in (train_url, test_url)]
+    if train.encoder_sha256 != test.encoder_sha256:
+        raise ValueError(
+            f"{train_url} ({train.checkpoint}) and {test_url} ({test.checkpoint}) were made by "
+            f"different encoders; export both from one checkpoint"
+        )
+    if train.index_digest == test.index_digest:
+        raise ValueError(
+            f"{train_url} and {test_url} both come from {train.source_url}; a probe must be tested "
+            f"on images that it has not seen: export a second split"
+        )
+    return manifests
