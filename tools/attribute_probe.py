@@ -21,6 +21,16 @@ STRENGTHS = tuple(float(x) for x in np.logspace(0, 5, 11))
 
 
 @dataclass(frozen=True, slots=True)
+class WeightShares:
+    """Of the squared weights of each attribute's probe, what lies in each subset."""
+
+    subsets: tuple[str, ...]
+    dims: tuple[int, ...]
+    shares: dict[str, tuple[float, ...]]
+    """By attribute, a share for each subset; they add up to 1."""
+
+
+@dataclass(frozen=True, slots=True)
 class ProbeResult:
     """Average precision per attribute, in the order of `attributes`."""
 
@@ -59,18 +69,10 @@ def probe(
     Raises:
         ValueError: an attribute has only one value in one of the halves.
     """
-    for half, labels in (("train", train_y), ("test", test_y)):
-        constant = [a for a, y in zip(attributes, labels.T, strict=True) if y.min() == y.max()]
-        if constant:
-            raise ValueError(
-                f"attributes {constant} have one value only in the {half} half of "
-                f"{len(labels)} samples; use more samples"
-            )
+    refuse_constant(train_y, attributes, "the train half")
+    refuse_constant(test_y, attributes, "the test half")
     mean, std = train_x.mean(axis=0), train_x.std(axis=0) + 1e-6
-    ridge = RidgeCV(STRENGTHS, alpha_per_target=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", LinAlgWarning)  # weak strengths on collinear pixels
-        ridge.fit((train_x - mean) / std, 2.0 * train_y - 1.0)
+    ridge = fit_ridge((train_x - mean) / std, train_y)
     scores = ridge.predict((test_x - mean) / std).reshape(test_y.shape)  # flat for one attribute
     return ProbeResult(
         name,
@@ -80,6 +82,46 @@ def probe(
             float(average_precision_score(truth, score))
             for truth, score in zip(test_y.T, scores.T, strict=True)
         ),
+    )
+
+
+def refuse_constant(labels: NDArray[np.int8], attributes: tuple[str, ...], where: str) -> None:
+    """Raises ValueError for attributes with one value only."""
+    constant = [a for a, y in zip(attributes, labels.T, strict=True) if y.min() == y.max()]
+    if constant:
+        raise ValueError(
+            f"attributes {constant} have one value only in {where} of {len(labels)} samples; use "
+            f"more samples"
+        )
+
+
+def fit_ridge(x: NDArray[np.float32], y: NDArray[np.int8]) -> RidgeCV:
+    """On standardised features (N, D) and labels (N, A) of 0 and 1, a strength for each."""
+    ridge = RidgeCV(STRENGTHS, alpha_per_target=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LinAlgWarning)  # weak strengths on collinear pixels
+        return ridge.fit(x, 2.0 * y - 1.0)
+
+
+def weight_shares(
+    features: Features, y: NDArray[np.int8], attributes: tuple[str, ...]
+) -> WeightShares:
+    """Where the probes of whole features look; the paper's figure of classifier weights.
+
+    Raises:
+        ValueError: an attribute has only one value.
+    """
+    refuse_constant(y, attributes, "the set")
+    x = features.values
+    ridge = fit_ridge((x - x.mean(axis=0)) / (x.std(axis=0) + 1e-6), y)
+    squares = np.asarray(ridge.coef_, np.float64).reshape(len(attributes), -1) ** 2
+    squares /= squares.sum(axis=1, keepdims=True)
+    _, *subsets = subsets_of(features)
+    shares = np.stack([squares[:, dims].sum(axis=1) for _, dims in subsets], axis=1)
+    return WeightShares(
+        tuple(name for name, _ in subsets),
+        tuple(dims.stop - dims.start for _, dims in subsets),
+        dict(zip(attributes, map(tuple, shares.tolist()), strict=True)),
     )
 
 

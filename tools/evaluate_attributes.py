@@ -1,11 +1,17 @@
-"""`diti eval attributes`: what can be read from features, beside what needs no training."""
+"""`diti eval attributes` and `weights`: what can be read from features, and from which subset."""
 
 from dataclasses import replace
 
 from data_pipelines.feature_store import open_features
 from data_pipelines.object_store import ObjectStore
-from tools.attribute_probe import ProbeResult, probe, probe_features
-from tools.labelled_features import Half, read_halves, read_manifests
+from tools.attribute_probe import (
+    ProbeResult,
+    WeightShares,
+    probe,
+    probe_features,
+    weight_shares,
+)
+from tools.labelled_features import Half, read_half, read_halves, read_manifests
 
 
 def evaluate_attributes(
@@ -40,6 +46,17 @@ def evaluate_attributes(
         values = train.flat_pixels(), train.labels.values, test.flat_pixels(), test.labels.values
         results.append(probe("raw pixels", *values, attributes))
     return results
+
+
+def evaluate_weights(store: ObjectStore, url: str) -> WeightShares:
+    """Which subsets the probes of labelled features lean on.
+
+    Raises:
+        ValueError: the shards changed after the export, labels are missing, or an attribute has
+            one value only.
+    """
+    half = read_half(store, url)
+    return weight_shares(half.features, half.y, half.attributes)
 
 
 def _untrained(

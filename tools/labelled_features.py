@@ -43,21 +43,21 @@ def read_halves(store: ObjectStore, train_url: str, test_url: str) -> tuple[Half
         ValueError: both come from the same shards, or from different encoders; the shards changed
             after the export; or labels are missing, or differ in their names.
     """
-    manifests = read_manifests(store, train_url, test_url)
-    samples = [read_source(store, manifest) for manifest in manifests]
-    labels = [labels_of(half) for half in samples]
-    if labels[0].names != labels[1].names:
+    read_manifests(store, train_url, test_url)
+    train, test = read_half(store, train_url), read_half(store, test_url)
+    if different := set(train.attributes) ^ set(test.attributes):
         raise ValueError(
             f"{train_url} and {test_url} come from shards that are labelled with different "
-            f"attributes: {sorted(set(labels[0].names) ^ set(labels[1].names))}"
+            f"attributes: {sorted(different)}"
         )
-    train, test = (
-        Half(manifest, open_features(url, store=store).arrays(), half, names)
-        for manifest, url, half, names in zip(
-            manifests, (train_url, test_url), samples, labels, strict=True
-        )
-    )
     return train, test
+
+
+def read_half(store: ObjectStore, url: str) -> Half:
+    """One of them. Raises ValueError as `read_halves`."""
+    features = open_features(url, store=store)
+    samples = read_source(store, features.manifest)
+    return Half(features.manifest, features.arrays(), samples, labels_of(samples))
 
 
 def read_manifests(store: ObjectStore, train_url: str, test_url: str) -> list[FeatureManifest]:

@@ -42,6 +42,23 @@ def print_probes(results: list[Any]) -> None:
     Console().print(table)
 
 
+def print_weights(found: Any) -> None:
+    """A row per attribute, coarse ones first where that is known, a column per subset."""
+    from data_pipelines.avatars import attribute_granularity
+
+    granularity = attribute_granularity()
+    order = {"coarse": 0, "middle": 1, "fine": 2}
+    names = sorted(found.shares, key=lambda name: (order.get(granularity.get(name, ""), 3), name))
+    title = "share of each probe's squared weights by subset"
+    table = Table("attribute", "", *found.subsets, title=title)
+    total = sum(found.dims)
+    table.add_row("of the dimensions", "", *(f"{dims / total:.2f}" for dims in found.dims))
+    for name in names:
+        cells = [f"{share:.2f}" for share in found.shares[name]]
+        table.add_row(name, granularity.get(name, ""), *cells)
+    Console().print(table)
+
+
 def print_few_shot(results: list[Any]) -> None:
     """A row per feature, a column per number of shots: mean over the draws, and their spread."""
     by_name: dict[str, list[Any]] = {}

@@ -1,5 +1,7 @@
 """The probe on features whose answer is known."""
 
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -7,7 +9,7 @@ from numpy.typing import NDArray
 
 from data_pipelines.feature_layout import FeatureColumn
 from data_pipelines.feature_store import Features
-from tools.attribute_probe import ProbeResult, probe, probe_features
+from tools.attribute_probe import ProbeResult, probe, probe_features, weight_shares
 
 N = 400
 PREVALENCE = (0.5, 0.2)
@@ -36,6 +38,12 @@ def blurred(y: NDArray[np.int8], seed: int) -> NDArray[np.float32]:
     x = noise(seed, 6)
     x[:, 2:4] += 1.5 * y
     return x
+
+
+def features_of(x: NDArray[Any], columns: tuple[FeatureColumn, ...]) -> Features:
+    keys = [str(row) for row in range(len(x))]
+    rows = np.arange(len(x), dtype=np.int32)
+    return Features(keys, ["s"] * len(x), rows, x.astype(np.float32), pa.table({}), columns)
 
 
 def test_a_feature_that_holds_the_labels_is_read_perfectly():
@@ -103,15 +111,10 @@ def test_the_whole_feature_comes_first_and_then_each_subset_alone():
         FeatureColumn("z003", (200, 1000), (12, 14)),
     )
 
-    def features(x: NDArray[np.float32]) -> Features:
-        keys = [str(row) for row in range(len(x))]
-        rows = np.arange(len(x), dtype=np.int32)
-        return Features(keys, ["s"] * len(x), rows, x, pa.table({}), columns)
-
     results = probe_features(
-        features(np.c_[TRAIN_NOISE, TRAIN_Y].astype(np.float32)),
+        features_of(np.c_[TRAIN_NOISE, TRAIN_Y], columns),
         TRAIN_Y,
-        features(np.c_[TEST_NOISE, TEST_Y].astype(np.float32)),
+        features_of(np.c_[TEST_NOISE, TEST_Y], columns),
         TEST_Y,
         ATTRIBUTES,
     )
@@ -122,3 +125,18 @@ def test_the_whole_feature_comes_first_and_then_each_subset_alone():
     ]
     assert [results[0].mean, results[2].mean] == pytest.approx([1.0, 1.0])
     assert results[1].mean == pytest.approx(TEST_Y.mean(), abs=0.07)
+
+
+def test_weights_lie_where_the_attribute_is():
+    columns = (FeatureColumn("z000", (0, 100), (0, 2)), FeatureColumn("z001", (100, 1000), (2, 6)))
+    found = weight_shares(features_of(blurred(TRAIN_Y, 5), columns), TRAIN_Y, ATTRIBUTES)
+    assert found.subsets == ("z000: time-steps 0-100", "z001: time-steps 100-1000")
+    assert found.dims == (2, 4)
+    for shares in found.shares.values():
+        assert sum(shares) == pytest.approx(1)
+        assert shares[1] > 0.9
+    only_smiling = TRAIN_Y * np.array([0, 1], np.int8)
+    with pytest.raises(
+        ValueError, match=r"\['hat'\] have one value only in the set of 400 samples"
+    ):
+        weight_shares(features_of(TRAIN_NOISE, columns), only_smiling, ATTRIBUTES)

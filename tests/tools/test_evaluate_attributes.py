@@ -1,11 +1,13 @@
 """A probe's two halves must belong together; whatever does not is refused by name."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from data_pipelines.object_store import ObjectStore
+from tests.diti_command import diti
 from tests.labelled_export import export_labels
 from tests.tiny_run import make_shards
 from tools.evaluate_attributes import evaluate_attributes
@@ -64,3 +66,12 @@ def test_shards_that_changed_after_the_export_are_refused(export: Export, tmp_pa
     make_shards(STORE, str(tmp_path / "test"), split="test", shards=1, rows=61)
     with pytest.raises(ValueError, match="are not those that the features were exported from"):
         evaluate(train, test)
+
+
+def test_the_weights_command_says_where_a_probe_looks(export: Export) -> None:
+    shares = json.loads(diti("eval", "weights", export("val"), "--json").stdout)["shares"]
+    assert shares["glasses"][0] > 0.95
+    table = diti("eval", "weights", export("val"))
+    assert table.exit_code == 0, table.stderr
+    assert "glasses" in table.stdout
+    assert "of the dimensions" in table.stdout

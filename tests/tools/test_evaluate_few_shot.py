@@ -75,6 +75,7 @@ def test_the_command_prints_a_table_and_json(halves: tuple[str, str]) -> None:
     ("options", "message"),
     [
         (("--shortcut", "tall"), "there is no attribute tall; there are: "),
+        (("--share", "0.9"), "--share belongs to --shortcut"),
         (("--shots", "500"), "no attribute has enough of the 200 training samples for 500 shots"),
         (("--timesteps", "900:1200"), "time-steps [900, 1200) cannot be selected"),
     ],

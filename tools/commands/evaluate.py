@@ -8,7 +8,7 @@ import typer
 
 from tools.commands.options import AsJson, AuthorsConfig, Run, Timesteps, Untrained, ends_of
 from tools.commands.outcome import clear_errors
-from tools.tables import print_few_shot, print_probes, print_reconstructions
+from tools.tables import print_few_shot, print_probes, print_reconstructions, print_weights
 
 app = typer.Typer(help="What features hold.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -56,6 +56,33 @@ def attributes(
 
 
 @app.command()
+def weights(
+    train_features: Annotated[
+        str, typer.Argument(metavar="FEATURES", help="Features that the probe learns on.")
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Where the probe of each attribute looks: shares of its squared weights by subset.
+
+    Weights are of standardised features. A share above the subset's share of the dimensions says
+    that the probe leans on it.
+
+    Example: diti eval weights runs/mine/features/val
+    """
+    with clear_errors():
+        from data_pipelines.object_store import ObjectStore
+        from tools.evaluate_attributes import evaluate_weights
+        from tools.progress import working
+
+        with working("fitting probes"):
+            found = evaluate_weights(ObjectStore(), train_features)
+        if as_json:
+            typer.echo(json.dumps(asdict(found), indent=1))
+        else:
+            print_weights(found)
+
+
+@app.command()
 def fewshot(
     train_features: Annotated[
         str, typer.Argument(metavar="TRAIN", help="Features whose samples are the few examples.")
@@ -65,7 +92,9 @@ def fewshot(
     ],
     shots: Annotated[
         list[int] | None,
-        typer.Option(min=1, help="Examples with and as many without it. Default: 5, 10, 20, 50."),
+        typer.Option(
+            min=1, metavar="N", help="Examples with and as many without it. Default: 5, 10, 20, 50."
+        ),
     ] = None,
     draws: Annotated[int, typer.Option(min=1, help="Of the examples, for mean and spread.")] = 10,
     shortcut: Annotated[
@@ -73,8 +102,9 @@ def fewshot(
         typer.Option(help="An attribute that misleads: it agrees in most examples, not in TEST."),
     ] = None,
     share: Annotated[
-        float, typer.Option(min=0.5, max=1, help="Of the examples that agree with --shortcut.")
-    ] = 1.0,
+        float | None,
+        typer.Option(min=0.5, max=1, help="Of the examples, that agree with --shortcut; all."),
+    ] = None,
     timesteps: Timesteps = None,
     pixels: Annotated[bool, typer.Option(help="Also probe the raw pixels.")] = True,
     as_json: AsJson = False,
@@ -92,6 +122,8 @@ def fewshot(
         from tools.few_shot import Shortcut
         from tools.progress import working
 
+        if share is not None and shortcut is None:
+            raise ValueError("--share belongs to --shortcut; give that too")
         with working("learning from few examples") as say:
             results = evaluate_few_shot(
                 ObjectStore(),
@@ -99,7 +131,7 @@ def fewshot(
                 test_url=test_features,
                 shots=sorted(set(shots or SHOTS)),
                 draws=draws,
-                shortcut=Shortcut(shortcut, share) if shortcut else None,
+                shortcut=Shortcut(shortcut, share or 1.0) if shortcut else None,
                 timesteps=ends_of(timesteps),
                 pixels=pixels,
                 on_result=lambda result: say(f"{result.shots} shots, {result.name}"),
