@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 if TYPE_CHECKING:
     from cluster.features import FeaturesDiff
@@ -50,7 +50,8 @@ def print_weights(found: Any) -> None:
     order = {"coarse": 0, "middle": 1, "fine": 2}
     names = sorted(found.shares, key=lambda name: (order.get(granularity.get(name, ""), 3), name))
     title = "share of each probe's squared weights by subset"
-    table = Table("attribute", "", *found.subsets, title=title)
+    subsets = [name.replace(": time-steps ", "\n") for name in found.subsets]
+    table = Table(Column("attribute", no_wrap=True), "", *subsets, title=title)
     total = sum(found.dims)
     table.add_row("of the dimensions", "", *(f"{dims / total:.2f}" for dims in found.dims))
     for name in names:
@@ -67,7 +68,8 @@ def print_few_shot(results: list[Any]) -> None:
     first = next(iter(by_name.values()))
     title = f"accuracy on unseen images, mean of {counted(len(first[0].attributes), 'attribute')}"
     shots = [f"{result.shots} shots" for result in first]
-    table = Table("feature", "dims", *shots, title=f"{title} (spread over the draws)")
+    feature = Column("feature", no_wrap=True)
+    table = Table(feature, "dims", *shots, title=f"{title} (spread over the draws)")
     for name, some in by_name.items():
         cells = [f"{result.mean:.3f} ({result.spread:.3f})" for result in some]
         table.add_row(name, str(some[0].dims), *cells)

@@ -32,19 +32,22 @@ def at(config: RunConfig, workers: int, zero_stage: int, *, offload: bool = Fals
     )
 
 
+@pytest.mark.parametrize(
+    "shared", ["partitioned", pytest.param("offloaded", marks=pytest.mark.slow)]
+)
 def test_ranks_that_share_the_backbone_take_the_steps_of_those_that_each_have_it(
-    tmp_path: Path,
+    tmp_path: Path, shared: str
 ) -> None:
     found = []
-    for placement, zero_stage in (("replicated", 2), ("partitioned", 2), ("offloaded", 2)):
+    for placement in ("replicated", shared):
         settings = f"name={placement}", f"engine.backbone={placement}"
         config = make_run(STORE, str(tmp_path), *STEPS, *settings)
-        run_on_ranks(at(config, 2, zero_stage), tmp_path, stop_at=3)
+        run_on_ranks(at(config, 2, 2), tmp_path, stop_at=3)
         manifest = checkpoint.find(STORE, run_url(config), None)
         lines = checkpoint.read_metrics(STORE, run_url(config), manifest)
         found.append([line["loss"] for line in lines])
     assert len(found[0]) == 3
-    assert found[0] == found[1] == found[2]
+    assert found[0] == found[1]
 
 
 def losses(config: RunConfig) -> list[float]:

@@ -106,7 +106,7 @@ def test_recomputing_activations_changes_no_loss(
 @pytest.mark.parametrize(
     ("stage", "backbone"), [(2, "partitioned"), (3, "partitioned"), (3, "offloaded")]
 )
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_a_backbone_in_parts_changes_no_loss_and_is_let_go_after_use(
     config: RunConfig, world: World, stage: int, backbone: str, precision: str
 ) -> None:
