@@ -30,7 +30,7 @@ from pretrain.feature_export import (
     summarise,
 )
 from pretrain.published import ConfigSource
-from pretrain.shard_features import EncoderOnDevice, columns_of, refuse_absent_fields
+from pretrain.shard_features import EncoderOnDevice, columns_of
 from pretrain.trained import EncoderLoader, choose_encoder
 
 CPU_LANES = 2
@@ -87,8 +87,6 @@ def export_features(
     index = read_index(store, shards_url)
     verify_listing(store, index)
     columns = select_columns(columns_of(trained.partition), timesteps)
-    if copied:
-        refuse_absent_fields(store, index.shards[0], copied)
     unscaled = Export(
         out_url=out_url,
         source=shards_url.rstrip("/").rsplit("/", 1)[-1],

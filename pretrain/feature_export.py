@@ -45,7 +45,13 @@ from data_pipelines.object_store import (
     join,
 )
 from data_pipelines.shard_index import Shard, ShardIndex
-from pretrain.shard_features import EncoderOnDevice, Precision, encode_shard, measured_scales
+from pretrain.shard_features import (
+    EncoderOnDevice,
+    Precision,
+    encode_shard,
+    measured_scales,
+    refuse_absent_fields,
+)
 from pretrain.trained import TrainedEncoder
 
 INTENT_NAME = "export.json"
@@ -143,10 +149,15 @@ def claim(
     """Claim the folder for this export, or go on with the claim that is there.
 
     The scales of int8 are measured once, before the first part, and are part of the claim.
+
+    Raises:
+        ValueError: the folder is claimed for other features, or samples lack what is to be copied.
     """
     if (claimed := _check_claim(store, unscaled, dtype)) is not None:
         return claimed
     layout = unscaled.layout
+    if layout.copied:
+        refuse_absent_fields(store, index.shards[0], layout.copied)
     scales = None
     if dtype == "int8":
         encoder = EncoderOnDevice(trained, use_gpu=False)

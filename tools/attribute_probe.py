@@ -71,9 +71,9 @@ def probe(
     """
     refuse_constant(train_y, attributes, "the train half")
     refuse_constant(test_y, attributes, "the test half")
-    mean, std = train_x.mean(axis=0), train_x.std(axis=0) + 1e-6
-    ridge = fit_ridge((train_x - mean) / std, train_y)
-    scores = ridge.predict((test_x - mean) / std).reshape(test_y.shape)  # flat for one attribute
+    train_x, test_x = standardised(train_x, test_x)
+    ridge = fit_ridge(train_x, train_y)
+    scores = ridge.predict(test_x).reshape(test_y.shape)  # flat for one attribute
     return ProbeResult(
         name,
         train_x.shape[1],
@@ -95,8 +95,16 @@ def refuse_constant(labels: NDArray[np.int8], attributes: tuple[str, ...], where
         )
 
 
+def standardised(
+    train_x: NDArray[np.float32], test_x: NDArray[np.float32]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Both by the mean and standard deviation of the training half."""
+    mean, std = train_x.mean(axis=0), train_x.std(axis=0) + 1e-6
+    return (train_x - mean) / std, (test_x - mean) / std
+
+
 def fit_ridge(x: NDArray[np.float32], y: NDArray[np.int8]) -> RidgeCV:
-    """On standardised features (N, D) and labels (N, A) of 0 and 1, a strength for each."""
+    """On standardised features (N, D) and labels (N, A) or (N,) of 0 and 1, a strength for each."""
     ridge = RidgeCV(STRENGTHS, alpha_per_target=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LinAlgWarning)  # weak strengths on collinear pixels
@@ -112,8 +120,8 @@ def weight_shares(
         ValueError: an attribute has only one value.
     """
     refuse_constant(y, attributes, "the set")
-    x = features.values
-    ridge = fit_ridge((x - x.mean(axis=0)) / (x.std(axis=0) + 1e-6), y)
+    x, _ = standardised(features.values, features.values[:0])
+    ridge = fit_ridge(x, y)
     squares = np.asarray(ridge.coef_, np.float64).reshape(len(attributes), -1) ** 2
     squares /= squares.sum(axis=1, keepdims=True)
     _, *subsets = subsets_of(features)

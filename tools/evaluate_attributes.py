@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-from data_pipelines.feature_store import open_features
 from data_pipelines.object_store import ObjectStore
 from tools.attribute_probe import (
     ProbeResult,
@@ -11,7 +10,7 @@ from tools.attribute_probe import (
     probe_features,
     weight_shares,
 )
-from tools.labelled_features import Half, read_half, read_halves, read_manifests
+from tools.labelled_features import Half, open_halves, read_half, read_halves
 
 
 def evaluate_attributes(
@@ -67,15 +66,14 @@ def _untrained(
     Raises:
         ValueError: those come from other shards.
     """
-    first, second = read_manifests(store, *urls)
-    for half, other in ((train, first), (test, second)):
+    first, second = open_halves(store, *urls)
+    for half, other in ((train, first.manifest), (test, second.manifest)):
         if half.manifest.index_digest != other.index_digest:
             raise ValueError(
                 f"the untrained encoder's features come from other shards ({other.source_url}) "
                 f"than the trained one's ({half.manifest.source_url}); export the same splits"
             )
-    features = [open_features(url, store=store).arrays() for url in urls]
     return (
-        replace(train, manifest=first, features=features[0]),
-        replace(test, manifest=second, features=features[1]),
+        replace(train, manifest=first.manifest, features=first.arrays()),
+        replace(test, manifest=second.manifest, features=second.arrays()),
     )

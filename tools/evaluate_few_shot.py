@@ -38,9 +38,10 @@ def evaluate_few_shot(
     """
     train, test = read_halves(store, train_url, test_url)
     attributes, most = train.attributes, max(shots)
-    enough = plan_tasks(train.y, attributes, shots=most, draws=1, shortcut=shortcut)
+    train_y, test_y = train.y, test.y
+    enough = plan_tasks(train_y, attributes, shots=most, draws=1, shortcut=shortcut)
     features = [
-        (name, train.features.values[:, dims], train.y, test.features.values[:, dims], test.y)
+        (name, train.features.values[:, dims], train_y, test.features.values[:, dims], test_y)
         for name, dims in subsets_of(train.features, timesteps)
     ]
     if pixels:

@@ -8,17 +8,14 @@ intervention on the others), is then right where the whole feature is misled.
 Letters: N examples, D dimensions, A attributes.
 """
 
-import warnings
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import LinAlgWarning
-from sklearn.linear_model import RidgeCV
 
-from tools.attribute_probe import STRENGTHS
+from tools.attribute_probe import fit_ridge, standardised
 
 Labels = NDArray[np.int8]
 
@@ -152,12 +149,11 @@ def few_shot(
     Raises:
         ValueError: the test half lacks a value of an attribute, or a combination with the shortcut.
     """
-    mean, std = train_x.mean(axis=0), train_x.std(axis=0) + 1e-6
-    train_x, test_x = (train_x - mean) / std, (test_x - mean) / std
+    train_x, test_x = standardised(train_x, test_x)
     columns = []
     for task in tasks:
         groups = _groups(test_y, attributes, task.attribute, shortcut)
-        y = np.where(train_y[:, task.attribute], 1.0, -1.0)
+        y = train_y[:, task.attribute]
         columns.append([_accuracy(train_x[rows], y[rows], test_x, groups) for rows in task.draws])
     shots = len(tasks[0].draws[0]) // 2
     names = tuple(attributes[task.attribute] for task in tasks)
@@ -189,11 +185,9 @@ def _groups(
 
 def _accuracy(
     x: NDArray[np.float32],
-    y: NDArray[np.float64],
+    y: Labels,
     test_x: NDArray[np.float32],
     groups: list[tuple[bool, NDArray[np.intp]]],
 ) -> float:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", LinAlgWarning)
-        said = RidgeCV(STRENGTHS).fit(x, y).predict(test_x) > 0
+    said = fit_ridge(x, y).predict(test_x) > 0
     return float(np.mean([np.mean(said[rows] == there) for there, rows in groups]))

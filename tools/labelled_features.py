@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipelines.feature_store import FeatureManifest, Features, open_features, read_manifest
+from data_pipelines.feature_store import FeatureManifest, Features, FeatureSet, open_features
 from data_pipelines.object_store import ObjectStore
 from data_pipelines.sample_reader import Sample
 from tools.labels import Labels, labels_of, places_of, read_pixels, read_source
@@ -43,8 +43,7 @@ def read_halves(store: ObjectStore, train_url: str, test_url: str) -> tuple[Half
         ValueError: both come from the same shards, or from different encoders; the shards changed
             after the export; or labels are missing, or differ in their names.
     """
-    read_manifests(store, train_url, test_url)
-    train, test = read_half(store, train_url), read_half(store, test_url)
+    train, test = (_half(store, each) for each in open_halves(store, train_url, test_url))
     if different := set(train.attributes) ^ set(test.attributes):
         raise ValueError(
             f"{train_url} and {test_url} come from shards that are labelled with different "
@@ -55,14 +54,18 @@ def read_halves(store: ObjectStore, train_url: str, test_url: str) -> tuple[Half
 
 def read_half(store: ObjectStore, url: str) -> Half:
     """One of them. Raises ValueError as `read_halves`."""
-    features = open_features(url, store=store)
+    return _half(store, open_features(url, store=store))
+
+
+def _half(store: ObjectStore, features: FeatureSet) -> Half:
     samples = read_source(store, features.manifest)
     return Half(features.manifest, features.arrays(), samples, labels_of(samples))
 
 
-def read_manifests(store: ObjectStore, train_url: str, test_url: str) -> list[FeatureManifest]:
-    """Of the features to learn on and of those to score on; raises as `read_halves`."""
-    train, test = manifests = [read_manifest(store, url) for url in (train_url, test_url)]
+def open_halves(store: ObjectStore, train_url: str, test_url: str) -> list[FeatureSet]:
+    """The features to learn on and those to score on; raises as `read_halves`."""
+    halves = [open_features(url, store=store) for url in (train_url, test_url)]
+    train, test = (half.manifest for half in halves)
     if train.encoder_sha256 != test.encoder_sha256:
         raise ValueError(
             f"{train_url} ({train.checkpoint}) and {test_url} ({test.checkpoint}) were made by "
@@ -73,4 +76,4 @@ def read_manifests(store: ObjectStore, train_url: str, test_url: str) -> list[Fe
             f"{train_url} and {test_url} both come from {train.source_url}; a probe must be tested "
             f"on images that it has not seen: export a second split"
         )
-    return manifests
+    return halves

@@ -93,10 +93,14 @@ def shard_bar(label: str) -> Iterator[Callable[[QueueState], None]]:
     with progress_bar(label, 1.0) as update:
 
         def show(state: QueueState) -> None:
-            everything = state.done + state.leased + state.waiting + len(state.failures)
-            update(state.done / max(1, everything), f"{counted(state.done, 'shard')} done")
+            update(_share_done(state), f"{counted(state.done, 'shard')} done")
 
         yield show
+
+
+def _share_done(state: QueueState) -> float:
+    everything = state.done + state.leased + state.waiting + len(state.failures)
+    return state.done / max(1, everything)
 
 
 @contextmanager
@@ -123,12 +127,11 @@ def export_bar(
             nonlocal begun_at
             if begun_at is None and state.leased:
                 begun_at = time.monotonic()
-            everything = state.done + state.leased + state.waiting + len(state.failures)
             said = f"{counted(state.done, 'shard')} done"
             if begun_at is not None and state.done > before:
                 rate = (state.done - before) * images_per_shard / (time.monotonic() - begun_at)
                 said += f", {rate:.0f} images/s"
-            update(state.done / max(1, everything), said)
+            update(_share_done(state), said)
 
         yield start, show
 
