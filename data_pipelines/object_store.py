@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from data_pipelines import local_files
-from data_pipelines.s3_requests import Content, S3Requests, bucket_and_key, object_of
+from data_pipelines.s3_requests import S3Requests, bucket_and_key, object_of
 from data_pipelines.store_errors import (
     AccessRefusedError,
     AlreadyExistsError,
@@ -156,7 +156,7 @@ class ObjectStore:
             end = size_bytes if end is None else end
         return b"" if start == end else self._s3.get(url, start, end)
 
-    def write(self, url: str, data: Content, *, only_if_absent: bool = False) -> ObjectInfo:
+    def write(self, url: str, data: bytes, *, only_if_absent: bool = False) -> ObjectInfo:
         """Store `data` at `url` in one step, replacing what is there; folders are created.
 
         With `only_if_absent`, one of several writers succeeds and the others get
@@ -287,7 +287,7 @@ class ObjectStore:
         with ThreadPoolExecutor(_PART_THREADS) as pool:
             list(pool.map(fetch, range(0, info.size_bytes, _PART_BYTES)))
 
-    def _put(self, url: str, size_bytes: int, piece: Callable[[int, int], Content]) -> ObjectInfo:
+    def _put(self, url: str, size_bytes: int, piece: Callable[[int, int], bytes]) -> ObjectInfo:
         """Store `piece(0, size_bytes)`, asking for it part by part when it is large."""
         if size_bytes > _PART_BYTES:
             return self._put_parts(url, size_bytes, piece)
@@ -295,7 +295,7 @@ class ObjectStore:
         return ObjectInfo(url, size_bytes, answer["ETag"].strip('"'))
 
     def _put_parts(
-        self, url: str, size_bytes: int, piece: Callable[[int, int], Content]
+        self, url: str, size_bytes: int, piece: Callable[[int, int], bytes]
     ) -> ObjectInfo:
         part_bytes = max(_PART_BYTES, -(-size_bytes // _MAX_PARTS))
         upload = object_of(url)

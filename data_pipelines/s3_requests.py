@@ -36,8 +36,6 @@ from data_pipelines.store_errors import (
 )
 
 T = TypeVar("T")
-Content = bytes | bytearray
-"""Of an object that is written; it must not change meanwhile."""
 
 _FIRST_PAUSE_SECONDS = 0.1
 _MAX_PAUSE_SECONDS = 5.0
@@ -136,7 +134,7 @@ class S3Requests:
             limit = self.request_timeout_seconds + (end - start) / _SLOWEST_FETCHING
         return self._run(url, limit, get)
 
-    def put_if_absent(self, url: str, data: Content) -> None:
+    def put_if_absent(self, url: str, data: bytes) -> None:
         """Store a new object; AlreadyExistsError when there is one that this call did not write.
 
         A lost answer makes the repeated request (aiohttp repeats some by itself) find our own

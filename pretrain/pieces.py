@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
+from data_pipelines.upload_process import MemoryFile
+
 KINDS = ("weights", "ema", "exp_avg", "exp_avg_sq")
 """Of a piece: float32 weights, their average, and Adam's two moments."""
 
@@ -46,7 +48,7 @@ def tensors_of(kind: str, pieces: Sequence[Piece], averages: Sequence[Tensor]) -
     return averages if kind == "ema" else [getattr(piece, kind) for piece in pieces]
 
 
-def pack(places: Sequence[str], tensors: Sequence[Tensor]) -> bytearray:
+def pack(places: Sequence[str], tensors: Sequence[Tensor]) -> MemoryFile:
     """A safetensors file of flat float32 ranges by their places.
 
     Put together by torch's own copies. `safetensors.torch.save` copies all of it three times, and
@@ -64,10 +66,10 @@ def pack(places: Sequence[str], tensors: Sequence[Tensor]) -> bytearray:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     start = 8 + len(text)
-    packed = bytearray(start + end)
-    packed[:start] = len(text).to_bytes(8, "little") + text
+    packed = MemoryFile(start + end)
+    packed.bytes[:start] = len(text).to_bytes(8, "little") + text
     if end:
-        flat = torch.frombuffer(packed, dtype=torch.float32, offset=start)
+        flat = torch.frombuffer(packed.bytes, dtype=torch.float32, offset=start)
         for part, tensor in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True):
             part.copy_(tensor)
     return packed

@@ -20,7 +20,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from data_pipelines.object_store import Content, ObjectMissingError, ObjectStore, StoreError, join
+from data_pipelines.object_store import ObjectMissingError, ObjectStore, StoreError, join
+from data_pipelines.upload_process import MemoryFile, UploadProcess
 from pretrain.checkpoint import (
     HISTORY_NAME,
     MANIFEST_NAME,
@@ -36,8 +37,9 @@ from pretrain.checkpoint import (
 from pretrain.pieces import KINDS
 from pretrain.world import World, from_first_rank
 
-File = tuple[str, Content]
+File = tuple[str, bytes | MemoryFile]
 """Name below the parts, and what is in it."""
+_LARGE_BYTES = 16 * 2**20  # worth a process of its own
 _ATTEMPT_NAME = "attempt.json"
 _POLL_SECONDS = 0.2
 _LINGER_SECONDS = 10.0
@@ -67,6 +69,7 @@ class Publisher:
     ) -> None:
         self._store, self._run_url, self._world = store, run_url, world
         self._deadline_seconds, self._kept_steps = deadline_seconds, kept_steps
+        self._uploads = UploadProcess(store)
         self._thread: threading.Thread | None = None
         self._outcome: Manifest | Exception | None = None
         self._attempt = str(from_first_rank(uuid.uuid4().hex))
@@ -112,10 +115,11 @@ class Publisher:
         assert isinstance(outcome, Manifest | Exception)
         return outcome
 
-    def linger(self) -> None:
-        """Wait a moment for this rank's part of what is on its way; not collective."""
+    def close(self) -> None:
+        """Wait a moment for this rank's part of what is on its way, and end; not collective."""
         if self._thread is not None:
             self._thread.join(_LINGER_SECONDS)
+        self._uploads.close()
 
     # --- in the thread --------------------------------------------------------------------------
 
@@ -141,9 +145,17 @@ class Publisher:
         listing = {}
         while files:
             name, content = files.pop(0)  # and with it, what was uploaded before is forgotten
-            self._store.write(join(where, name), content)
-            listing[name] = len(content), hashlib.sha256(content).hexdigest()
+            listing[name] = self._send(content, join(where, name))
         self._store.write(join(where, _listing_name(self._world.rank)), to_json(listing))
+
+    def _send(self, content: bytes | MemoryFile, url: str) -> tuple[int, str]:
+        """Size and SHA-256 of what is in the store now."""
+        if isinstance(content, MemoryFile):
+            if len(content.bytes) > _LARGE_BYTES:
+                return len(content.bytes), self._uploads.upload(content, url)
+            content = bytes(content.bytes)
+        self._store.write(url, content)
+        return len(content), hashlib.sha256(content).hexdigest()
 
     def _everything(self, manifest: Manifest, until: float) -> dict[str, tuple[int, str]]:
         """Every rank's files, once they are in the store as they were sent."""

@@ -76,7 +76,7 @@ class Saver:
 
     def __exit__(self, *_: object) -> None:
         """However the run ends: a checkpoint that is nearly there is given a moment."""
-        self._publisher.linger()
+        self._publisher.close()
 
     @property
     def newest_step(self) -> int:

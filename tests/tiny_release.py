@@ -70,8 +70,11 @@ def write_checkpoint(
         encoder = _random_encoder(config.task, config.data.image_size_px, seed)
         states[kind] = encoder.state_dict()
     files = {
-        checkpoint.piece_file(kind, 0): pack(
-            [f"encoder.{name}@0" for name in state], [value.flatten() for value in state.values()]
+        checkpoint.piece_file(kind, 0): bytes(
+            pack(
+                [f"encoder.{name}@0" for name in state],
+                [value.flatten() for value in state.values()],
+            ).bytes
         )
         for kind, state in states.items()
     }

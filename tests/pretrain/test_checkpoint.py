@@ -1,7 +1,8 @@
 """Checkpoints exist by their manifest, are verified byte by byte, and belong to one run."""
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,13 +14,13 @@ import torch
 from configs.loading import digest_of_json, parse_run
 from configs.schema import RunConfig
 from data_pipelines.object_store import (
-    Content,
     ObjectInfo,
     ObjectMissingError,
     ObjectStore,
     StoreError,
     join,
 )
+from data_pipelines.upload_process import MemoryFile
 from pretrain import checkpoint
 from pretrain.checkpoint import CheckpointError, Manifest
 from pretrain.publisher import Publisher, SupersededError, collect_orphans, kept_steps
@@ -69,7 +70,7 @@ class Run:
         self,
         step: int,
         parent: int | None = None,
-        files: dict[str, bytes] | None = None,
+        files: Mapping[str, bytes | MemoryFile] | None = None,
         *,
         store: ObjectStore = STORE,
         keep_last: int | None = None,
@@ -83,6 +84,7 @@ class Run:
             contents.items(),
         )
         outcome = publisher.settle(wait=True)
+        publisher.close()
         if not isinstance(outcome, Manifest):
             assert outcome is not None
             raise outcome
@@ -115,6 +117,15 @@ def test_what_was_published_is_found_again_with_every_byte(run: Run):
     }
     for name, content in files.items():
         assert checkpoint.read_file(STORE, run.url, found, name) == content
+
+
+@pytest.mark.parametrize("size_bytes", [1024, 17 * 2**20], ids=["small", "large"])
+def test_packed_state_is_found_again_with_every_byte(run: Run, size_bytes: int):
+    packed = MemoryFile(size_bytes)
+    packed.bytes[:] = os.urandom(size_bytes)
+    manifest = run.publish(2, files={"weights/00000.safetensors": packed})
+    found = checkpoint.read_file(STORE, run.url, manifest, "weights/00000.safetensors")
+    assert found == bytes(packed.bytes)
 
 
 def test_the_newest_is_the_last_step_and_any_step_can_be_asked_for(run: Run):
@@ -303,7 +314,7 @@ class DyingStore(ObjectStore):
 
     changes: int
 
-    def write(self, url: str, data: Content, *, only_if_absent: bool = False) -> ObjectInfo:
+    def write(self, url: str, data: bytes, *, only_if_absent: bool = False) -> ObjectInfo:
         self._change(url)
         return super().write(url, data, only_if_absent=only_if_absent)
 

@@ -23,6 +23,7 @@ from pretrain.unet import set_recomputing
 from pretrain.world import World
 from tests.tiny_run import make_run
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # as `world` has it
 TRAIN = TrainConfig(total_images=64, global_batch=8, checkpoint_every_images=8, max_micro_batch=4)
 
 
@@ -59,8 +60,8 @@ def micro_batches(step: int) -> list[tuple[torch.Tensor, ...]]:
             global_batch=8,
             image_shape=(3, 32, 32),
         )
-        noise = drawn.noise_BCHW
-        batches.append((noise.flip(0).clamp(-1, 1), drawn.t_B, noise))
+        noise = drawn.noise_BCHW.to(DEVICE)
+        batches.append((noise.flip(0).clamp(-1, 1), drawn.t_B.to(DEVICE), noise))
     return batches
 
 
@@ -203,7 +204,7 @@ def test_packed_pieces_are_a_safetensors_file_and_stay_as_they_were() -> None:
     file = pack(list(live), list(live.values()))
     before = {name: tensor.clone() for name, tensor in live.items()}
     live["a@0"].add_(1)
-    found = load_safetensors(bytes(file))
+    found = load_safetensors(bytes(file.bytes))
     assert found.keys() == before.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in before.items())
     assert load_safetensors(packed([], [])) == {}
@@ -244,4 +245,4 @@ def weights_of(engine: Engine) -> dict[str, torch.Tensor]:
 
 def packed(places: list[str], tensors: list[torch.Tensor]) -> bytes:
     """As it is read again."""
-    return bytes(pack(places, tensors))
+    return bytes(pack(places, tensors).bytes)

@@ -77,6 +77,19 @@ def run_in_two_parts(config: RunConfig, local_dir: Path) -> None:
     assert checkpoint.complete_steps(STORE, run_url(config)) == [0, 2]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_on_a_gpu_too_a_resumed_run_ends_the_same_to_the_last_bit(tmp_path: Path, precision: str):
+    whole = make_run(
+        STORE, str(tmp_path), *SHORT, f"engine.precision={precision}", "cluster.use_gpu=true"
+    )
+    parted = whole.model_copy(update={"name": "parted"})
+    run(whole, local_dir=tmp_path)
+    run_in_two_parts(parted, tmp_path)
+    run(parted, local_dir=tmp_path)
+    assert_same_end(whole, parted)
+
+
 # --- BatchNorm's buffers --------------------------------------------------------------------------
 
 

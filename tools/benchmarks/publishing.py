@@ -1,13 +1,15 @@
 """`python -m tools.benchmarks.publishing`: what a step takes while a checkpoint is published.
 
-One worker trains the CelebA-64 model on one core; what publishes, loads and serves S3 has another
-core. Steps are told apart by whether the publishing thread was at work when they began and ended.
+One worker trains the CelebA-64 model on one core; what loads, publishes (a process beside the
+worker) and serves S3 has another core. Steps are told apart by whether the publishing thread was at
+work when they began and ended.
 As a control, another process uploads as much in the same way from the other core in some of the
 steps: what these take more than those alone is the machine's doing, not the run's.
 """
 
 import argparse
 import hashlib
+import itertools
 import multiprocessing
 import os
 import statistics
@@ -19,11 +21,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import torch
 
 from configs.loading import parse_run
 from configs.schema import RunConfig
 from configs.task import ScheduleConfig
+from data_pipelines import upload_process
 from data_pipelines.avatars import AvatarSpec, draw_avatar
 from data_pipelines.local_s3 import local_s3
 from data_pipelines.object_store import ObjectStore
@@ -62,7 +66,7 @@ class Seconds(NamedTuple):
     training: float
     """CPU time of the training thread."""
     others: float
-    """CPU time of every other thread of the process."""
+    """CPU time of every other thread of the process, and of the one that uploads for it."""
 
     def __sub__(self, before: "Seconds") -> "Seconds":
         return Seconds(*(now - then for now, then in zip(self, before, strict=True)))
@@ -92,7 +96,11 @@ class Steps:
 
     def note(self, progress: Progress) -> None:
         training = time.thread_time()
-        now = Seconds(time.perf_counter(), training, time.process_time() - training)
+        others = time.process_time() - training
+        for process in uploading():
+            with suppress(psutil.NoSuchProcess):
+                others += sum(process.cpu_times()[:2])
+        now = Seconds(time.perf_counter(), training, others)
         publishing, uploads = is_publishing(), self.uploader is not None and self.uploader.is_on
         if progress.step > 2:  # the first steps warm up
             kinds = {
@@ -144,6 +152,12 @@ def is_publishing() -> bool:
     return any(thread.name == "publish" for thread in threading.enumerate())
 
 
+def uploading() -> list[psutil.Process]:
+    """The process that uploads for the training one, once there is one."""
+    children = psutil.Process().children()
+    return [child for child in children if upload_process.__name__ in child.cmdline()]
+
+
 def make_config(folder: Path, batch: int, steps: int, every: int) -> RunConfig:
     """A run on the published sizes, with its shards and a random backbone on disk."""
     store, size = ObjectStore(), IMAGE_SIZE_PX
@@ -164,15 +178,24 @@ def make_config(folder: Path, batch: int, steps: int, every: int) -> RunConfig:
     return parse_run(RUN.format(folder=folder, sha256=sha256, **counts))
 
 
+def tasks_of(process: str) -> set[int]:
+    """Its threads, as the system numbers them."""
+    with suppress(FileNotFoundError):
+        return {int(entry.name) for entry in Path("/proc", process, "task").iterdir()}
+    return set()
+
+
 def keep_to_one_core(core: int, others: int) -> None:
-    """The training thread on one core; every other thread, whenever it comes, on another."""
+    """The training thread on one core; all other threads, whenever they come, on another."""
     training = threading.get_native_id()
     os.sched_setaffinity(training, {core})
 
     def sort() -> None:
-        while True:
-            for task in (int(entry.name) for entry in Path("/proc/self/task").iterdir()):
-                if task != training:
+        for turn in itertools.count():
+            # Looking for processes is not cheap.
+            processes = ["self", *(str(p.pid) for p in uploading())] if turn % 50 == 0 else ["self"]
+            for process in processes:
+                for task in tasks_of(process) - {training}:
                     with suppress(ProcessLookupError):
                         os.sched_setaffinity(task, {others})
             time.sleep(0.01)

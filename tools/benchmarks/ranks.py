@@ -6,10 +6,13 @@ import socket
 import torch
 
 from configs.schema import EngineConfig, OptimizerConfig, TrainConfig
+from pretrain.attention import DTYPES, choose_kernel
 from pretrain.diti import DiTi
 from pretrain.ema import Ema
 from pretrain.engine import Engine, place_frozen
 from pretrain.run_plan import RunPlan, plan_run
+from pretrain.train import set_execution
+from pretrain.unet import set_attention
 from pretrain.world import join_world
 from tools.benchmarks.train_step import EMA_DECAY, IMAGE_SIZE_PX
 
@@ -44,11 +47,17 @@ class Steps:
 
     def __init__(self, model: DiTi, engine: EngineConfig, plan: RunPlan) -> None:
         world = join_world()
+        dtype = DTYPES[engine.precision]
+        set_attention(model, choose_kernel(engine.attention, device=world.device, dtype=dtype))
         place_frozen(model.decoder.trunk, engine, world.device)
+        model.tables_to(world.device)
+        model.to(world.device, dtype)
+        set_execution(model, engine)
         self._engine = Engine(model, engine, OptimizerConfig(), plan, world)
         self._ema = Ema([piece.weights for piece in self._engine.pieces], EMA_DECAY)
         images = torch.rand(plan.micro_batch, 3, IMAGE_SIZE_PX, IMAGE_SIZE_PX) * 2 - 1
-        self._batch = images, torch.randint(0, 1000, (plan.micro_batch,)), images
+        t_B = torch.randint(0, 1000, (plan.micro_batch,))
+        self._batch = images.to(world.device), t_B.to(world.device), images.to(world.device)
 
     def take(self, number: int) -> None:
         for _ in range(number):

@@ -37,6 +37,7 @@ Way = Literal["ours", "published"]
 WAYS: tuple[Way, ...] = ("ours", "published")
 PHASES = ("frozen forward", "encoder", "trainable forward", "backward", "optimizer", "EMA")
 IMAGE_SIZE_PX = 64
+CPU = torch.device("cpu")
 EMA_DECAY = 0.9999
 UNET = UNetConfig(
     base_channels=64,
@@ -101,11 +102,14 @@ def make_clock() -> StepClock:
 class Trainer:
     """One model that takes steps in one of the two ways."""
 
-    def __init__(self, way: Way, batch: int) -> None:
+    def __init__(self, way: Way, batch: int, device: torch.device = CPU) -> None:
         torch.manual_seed(0)
         self.way = way
         self.clock = make_clock()
         self.model = make_model()
+        self.model.tables_to(device)
+        self.model.decoder.trunk.to(device)
+        self.model.to(device)
         if way == "published":
             take_the_plain_way(self.model)
         for part, method, name in (
@@ -118,9 +122,9 @@ class Trainer:
             self.trained, lr=1e-4, weight_decay=0.0, fused=True if way == "ours" else None
         )
         self.ema = Ema(self._values(), EMA_DECAY)
-        self.images = torch.rand(batch, 3, IMAGE_SIZE_PX, IMAGE_SIZE_PX) * 2 - 1
-        self.noise = torch.randn(self.images.shape)
-        self.t_B = torch.randint(0, 1000, (batch,))
+        self.images = (torch.rand(batch, 3, IMAGE_SIZE_PX, IMAGE_SIZE_PX) * 2 - 1).to(device)
+        self.noise = torch.randn(self.images.shape).to(device)
+        self.t_B = torch.randint(0, 1000, (batch,)).to(device)
 
     def step(self) -> None:
         """What `Engine.step` and `Ema.update` do in a run."""
