@@ -167,8 +167,8 @@ class ObjectStore:
                 file.write(data)
             return self.stat(url)
         if only_if_absent:
-            self._s3.put_if_absent(url, data)
-            return self.stat(url)
+            answer = self._s3.put_if_absent(url, data)
+            return ObjectInfo(url, len(data), answer["ETag"].strip('"'))
         return self._put(url, len(data), lambda start, end: data[start:end])
 
     def upload(self, local_path: Path, url: str) -> ObjectInfo:

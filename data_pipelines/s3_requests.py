@@ -134,7 +134,7 @@ class S3Requests:
             limit = self.request_timeout_seconds + (end - start) / _SLOWEST_FETCHING
         return self._run(url, limit, get)
 
-    def put_if_absent(self, url: str, data: bytes) -> None:
+    def put_if_absent(self, url: str, data: bytes) -> dict[str, Any]:
         """Store a new object; AlreadyExistsError when there is one that this call did not write.
 
         A lost answer makes the repeated request (aiohttp repeats some by itself) find our own
@@ -143,13 +143,14 @@ class S3Requests:
         token = {"diti-writer": uuid.uuid4().hex}
         query = {**object_of(url), "Body": data, "Metadata": token, "IfNoneMatch": "*"}
         try:
-            self.call(url, "put_object", **query)
+            return self.call(url, "put_object", **query)
         except AlreadyExistsError:
             found: dict[str, Any] = {}
             with suppress(ObjectMissingError):  # somebody's object, deleted since
                 found = self.call(url, "head_object", **object_of(url))
             if found.get("Metadata") != token:
                 raise
+            return found
 
     def require_bucket(self, url: str) -> None:
         """Raise BucketMissingError unless the bucket of `url` exists.

@@ -3,8 +3,12 @@
 Letters: B batch, H heads, L positions, K channels per head.
 """
 
+import ctypes
 import logging
 from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -30,11 +34,26 @@ def sdpa(q_BHLK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor) -> Tensor:
 
 def xformers_attention(q_BHLK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor) -> Tensor:
     """xformers' memory-efficient attention, which wants BLHK; output BHLK."""
+    _load_cuda_12_runtime()
     from xformers.ops import memory_efficient_attention
 
     # Its kernels insist on a contiguous last axis; convolutions leave L there.
     q, k, v = (x.transpose(1, 2).contiguous() for x in (q_BHLK, k_BHLK, v_BHLK))
     return memory_efficient_attention(q, k, v).transpose(1, 2)
+
+
+@cache
+def _load_cuda_12_runtime() -> None:
+    """Beside the CUDA 13 of torch's wheels, for which there is no xformers yet.
+
+    xformers offers no attention where its extension does not load, although the kernels themselves
+    are torch's.
+    """
+    if (torch.version.cuda or "12").startswith("12"):
+        return
+    found = find_spec("nvidia.cuda_runtime")
+    for folder in (found and found.submodule_search_locations) or ():
+        ctypes.CDLL(str(Path(folder, "lib", "libcudart.so.12")))
 
 
 def choose_kernel(choice: Choice, *, device: torch.device, dtype: torch.dtype) -> Kernel:
@@ -67,7 +86,7 @@ def _why_xformers_fails(device: torch.device, dtype: torch.dtype) -> str | None:
     q, k, v = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3))
     try:
         difference = (xformers_attention(q, k, v) - sdpa(q, k, v)).abs().max().item()
-    except (ImportError, NotImplementedError, RuntimeError, ValueError) as error:
+    except (ImportError, NotImplementedError, OSError, RuntimeError, ValueError) as error:
         return " ".join(str(error).split()) or type(error).__name__  # xformers' reason comes last
     limit = 1e-4 if dtype == torch.float32 else 2e-2
     if not difference <= limit:  # NaN is no agreement either

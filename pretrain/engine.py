@@ -26,7 +26,8 @@ from pretrain.step_clock import Clock, timed, untimed
 from pretrain.world import World
 
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-"""Attributes of DeepSpeed's dynamic loss scaler that its next steps depend on."""
+"""Attributes of DeepSpeed's dynamic loss scaler that its next steps depend on; stage 0's has no
+hysteresis."""
 
 
 BUCKET_NUMBERS = 2**24
@@ -167,20 +168,23 @@ class Engine:
         state = next(iter(self._adam.state.values()))
         found = {"updates": float(state["step"])}
         scaler = self._loss_scaler()
-        return found | ({} if scaler is None else {key: getattr(scaler, key) for key in _SCALER})
+        return found | {key: getattr(scaler, key) for key in _SCALER if hasattr(scaler, key)}
 
     def restore(self, counters: Mapping[str, float]) -> None:
         """Go on from pieces that have been filled: counters, and what ZeRO derives from them."""
         for state in self._adam.state.values():
             state["step"].fill_(counters["updates"])
         scaler = self._loss_scaler()
-        if scaler is not None:
-            for key in _SCALER:
+        for key in _SCALER:
+            if hasattr(scaler, key) and key in counters:
                 setattr(scaler, key, type(getattr(scaler, key))(counters[key]))
         self._weights_from_pieces()
 
     def _loss_scaler(self) -> Any:
-        """fp16's dynamic one; None where losses are not scaled."""
+        """fp16's dynamic one; None where losses are not scaled. Stage 0 keeps it elsewhere."""
+        if self.zero_stage == 0:
+            scaler = getattr(self._optimizer, "loss_scale_config", None)
+            return scaler if getattr(scaler, "dynamic_loss_scale", False) else None
         scaler = getattr(self._optimizer, "loss_scaler", None)
         return scaler if getattr(scaler, "dynamic", False) else None
 

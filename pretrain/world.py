@@ -5,6 +5,7 @@ import resource
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,6 +41,7 @@ def join_world(*, timeout_seconds: float = 300.0) -> World:
     device = torch.device("cuda", local_rank) if use_gpu else torch.device("cpu")
     if use_gpu:
         torch.cuda.set_device(device)
+        _choose_repeatable_kernels()
     if not dist.is_initialized():
         alone = "RANK" not in os.environ
         dist.init_process_group(
@@ -50,6 +52,14 @@ def join_world(*, timeout_seconds: float = 300.0) -> World:
             timeout=timedelta(seconds=timeout_seconds),
         )
     return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def _choose_repeatable_kernels() -> None:
+    """Have a GPU compute the same bits each time, as a CPU does anyway."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    filling: Any = torch.utils.deterministic  # of memory that nothing here reads before it writes
+    filling.fill_uninitialized_memory = False
 
 
 def mean_over_ranks(value: torch.Tensor) -> float:

@@ -2,8 +2,9 @@
 
 The CelebA-64 model in the published sizes with random weights takes steps on random images: the way
 the published code does (`plain_model`), in float32 and under autocast, and as this project trains
-it, in each precision, compiled, and under each ZeRO stage. Each has a process of its own, one after
-the other. Held is the most of the GPU's memory at a time; planned is what `diti plan` says of it.
+it, in several ways. Each has a process of its own; once all have warmed up they take turns, so that
+whatever else the machine does falls on all. Held is the most of the GPU's memory at a time; planned
+is what `diti plan` says of it.
 """
 
 import argparse
@@ -25,19 +26,15 @@ from tools.benchmarks.ranks import Steps, plan_of
 from tools.benchmarks.train_step import IMAGE_SIZE_PX, Trainer, make_model, model_operations
 
 WARM_STEPS = 5
+STEPS_A_TURN = 5
 PLAIN_WAYS = {"published, fp32": "fp32", "published, autocast to bf16": "bf16"}
 OUR_WAYS: dict[str, dict[str, Any]] = {
     "fp32": {},
     "bf16": {"precision": "bf16"},
-    "fp16": {"precision": "fp16"},
     "bf16, SDPA": {"precision": "bf16", "attention": "sdpa"},
-    "bf16, frozen part compiled": {"precision": "bf16", "compile": "frozen"},
     "bf16, compiled": {"precision": "bf16", "compile": "both"},
-    "fp32, compiled": {"compile": "both"},
-    "bf16, ZeRO 0": {"precision": "bf16", "zero_stage": 0},
-    "bf16, ZeRO 1": {"precision": "bf16", "zero_stage": 1},
+    "fp16, compiled": {"precision": "fp16", "compile": "both"},
     "bf16, ZeRO 3": {"precision": "bf16", "zero_stage": 3},
-    "fp32, ZeRO 3": {"zero_stage": 3},
     "bf16, optimizer offloaded": {"precision": "bf16", "offload_optimizer": True},
     "bf16, activations recomputed": {"precision": "bf16", "recompute_activations": True},
 }
@@ -49,8 +46,8 @@ class Row:
     """One way of training."""
 
     way: str
-    milliseconds: float
-    """Of a step; median."""
+    milliseconds: list[float]
+    """Of a step; the median of each turn."""
     images_per_second: float
     tflops: float
     """The model's, whichever were really executed."""
@@ -58,38 +55,54 @@ class Row:
     planned_mib: float | None
 
 
-def measure(way: str, batch: int, steps: int) -> Row:
-    """Take the steps in a process of their own. Raises EOFError where that process fails."""
+def measure(ways: list[str], batch: int, turns: int) -> list[Row]:
+    """Take the steps. Ways that fail say why on standard error, and are left out."""
     spawn = multiprocessing.get_context("spawn")
-    near, far = spawn.Pipe()
-    process = spawn.Process(target=_work, args=(way, batch, steps, far), daemon=True)
-    process.start()
-    far.close()
-    seconds, held = near.recv()
-    process.join()
+    pipes: dict[str, Connection] = {}
+    for way in ways:
+        pipes[way], far_end = spawn.Pipe()
+        spawn.Process(target=_work, args=(way, batch, far_end), daemon=True).start()
+        far_end.close()
     flops = sum(op.flops * count for op, count in model_operations(batch).items())
-    return Row(
-        way,
-        milliseconds=seconds * 1e3,
-        images_per_second=batch / seconds,
-        tflops=flops / seconds / 1e12,
-        held_mib=held / 2**20,
-        planned_mib=_planned(OUR_WAYS[way], batch) / 2**20 if way in OUR_WAYS else None,
-    )
+    held: dict[str, int] = {}
+    for way, pipe in list(pipes.items()):
+        try:
+            held[way] = pipe.recv()
+        except EOFError:
+            del pipes[way]
+    seconds: dict[str, list[float]] = {way: [] for way in pipes}
+    for _ in range(turns):
+        for way, pipe in pipes.items():
+            pipe.send("turn")
+            seconds[way].append(pipe.recv())
+    return [
+        Row(
+            way,
+            milliseconds=[1e3 * each for each in of_way],
+            images_per_second=batch / statistics.median(of_way),
+            tflops=flops / statistics.median(of_way) / 1e12,
+            held_mib=held[way] / 2**20,
+            planned_mib=_planned(OUR_WAYS[way], batch) / 2**20 if way in OUR_WAYS else None,
+        )
+        for way, of_way in seconds.items()
+    ]
 
 
-def _work(way: str, batch: int, steps: int, found: Connection) -> None:
+def _work(way: str, batch: int, pipe: Connection) -> None:
     step = _our_step(OUR_WAYS[way], batch) if way in OUR_WAYS else _plain_step(way, batch)
     for _ in range(WARM_STEPS):
         step()
     torch.cuda.synchronize()
-    laps = []
-    for _ in range(steps):
-        start = time.perf_counter()
-        step()
-        torch.cuda.synchronize()
-        laps.append(time.perf_counter() - start)
-    found.send((statistics.median(laps), torch.cuda.max_memory_allocated()))
+    pipe.send(torch.cuda.max_memory_allocated())
+    torch.cuda.empty_cache()
+    while pipe.recv():
+        laps = []
+        for _ in range(STEPS_A_TURN):
+            start = time.perf_counter()
+            step()
+            torch.cuda.synchronize()
+            laps.append(time.perf_counter() - start)
+        pipe.send(statistics.median(laps))
 
 
 def _our_step(changes: dict[str, Any], batch: int) -> Callable[[], None]:
@@ -118,31 +131,28 @@ def _planned(changes: dict[str, Any], batch: int) -> int:
 
 
 def line(row: Row, plain: float) -> str:
-    """The row for people; `plain`: images per second of the published way."""
+    """The row for people; `plain`: images per second of the first way."""
     planned = "" if row.planned_mib is None else f", planned {row.planned_mib:.0f}"
     return (
-        f"{row.way:30} {row.milliseconds:7.1f} ms {row.images_per_second:7.0f} images/s "
-        f"({row.images_per_second / plain:.2f}) {row.tflops:6.1f} TFLOP/s, held "
-        f"{row.held_mib:.0f} MiB{planned}"
+        f"{row.way:30} {statistics.median(row.milliseconds):7.1f} ms "
+        f"{row.images_per_second:6.0f} images/s ({row.images_per_second / plain:.2f}) "
+        f"{row.tflops:6.1f} TFLOP/s, held {row.held_mib:.0f} MiB{planned}"
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="A training step of CelebA-64 on one GPU.")
-    parser.add_argument("--batch", type=int, default=128, help="images per step (default 128)")
-    parser.add_argument("--steps", type=int, default=20, help="measured (default 20)")
+    parser.add_argument("--batch", type=int, default=64, help="images per step (default 64)")
+    parser.add_argument("--turns", type=int, default=5, help="of 5 steps each (default 5)")
     parser.add_argument("--ways", nargs="+", default=[*PLAIN_WAYS, *OUR_WAYS], help="default: all")
     parser.add_argument("--json", action="store_true", help="print JSON lines")
     args = parser.parse_args()
-    plain = None
-    for way in args.ways:
-        try:
-            row = measure(way, args.batch, args.steps)
-        except EOFError:
-            print(f"{way:30} failed, see above", flush=True)
-            continue
-        plain = plain or row.images_per_second
-        print(json.dumps(asdict(row)) if args.json else line(row, plain), flush=True)
+    if not torch.cuda.is_available():
+        parser.error("there is no GPU that PyTorch can use")
+    rows = measure(args.ways, args.batch, args.turns)
+    for row in rows:
+        plain = rows[0].images_per_second
+        print(json.dumps(asdict(row)) if args.json else line(row, plain))
 
 
 if __name__ == "__main__":
