@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import multiprocessing
 import os
+import resource
 import statistics
 import tempfile
 import threading
@@ -63,16 +64,21 @@ class Seconds(NamedTuple):
     """Of one step, or since the start."""
 
     wall: float
-    training: float
-    """CPU time of the training thread."""
+    user: float
+    """CPU time of the training thread; below, what the system took for it."""
+    system: float
     others: float
     """CPU time of every other thread of the process, and of the one that uploads for it."""
+
+    @property
+    def training(self) -> float:
+        return self.user + self.system
 
     def __sub__(self, before: "Seconds") -> "Seconds":
         return Seconds(*(now - then for now, then in zip(self, before, strict=True)))
 
 
-_START = Seconds(0.0, 0.0, 0.0)
+_START = Seconds(0.0, 0.0, 0.0, 0.0)
 
 
 @dataclass
@@ -95,12 +101,10 @@ class Steps:
     _was_publishing: bool = True
 
     def note(self, progress: Progress) -> None:
-        training = time.thread_time()
-        others = time.process_time() - training
-        for process in uploading():
-            with suppress(psutil.NoSuchProcess):
-                others += sum(process.cpu_times()[:2])
-        now = Seconds(time.perf_counter(), training, others)
+        own = resource.getrusage(resource.RUSAGE_THREAD)
+        others = time.process_time() - own.ru_utime - own.ru_stime
+        others += sum(sum(process.cpu_times()[:2]) for process in uploading())
+        now = Seconds(time.perf_counter(), own.ru_utime, own.ru_stime, others)
         publishing, uploads = is_publishing(), self.uploader is not None and self.uploader.is_on
         if progress.step > 2:  # the first steps warm up
             kinds = {
@@ -154,8 +158,12 @@ def is_publishing() -> bool:
 
 def uploading() -> list[psutil.Process]:
     """The process that uploads for the training one, once there is one."""
-    children = psutil.Process().children()
-    return [child for child in children if upload_process.__name__ in child.cmdline()]
+    found = []
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):  # it has ended
+            if upload_process.__name__ in child.cmdline():
+                found.append(child)
+    return found
 
 
 def make_config(folder: Path, batch: int, steps: int, every: int) -> RunConfig:
@@ -228,8 +236,11 @@ def main() -> None:
         "that copy": found.starting,
     }
     for what, steps in kinds.items():
-        wall, training, _ = (statistics.median(values) for values in zip(*steps, strict=True))
-        print(f"{len(steps)} steps {what}: median {wall:.3f} s, {training:.3f} CPU s of training")
+        wall, user, system, _ = (statistics.median(values) for values in zip(*steps, strict=True))
+        print(
+            f"{len(steps)} steps {what}: median {wall:.3f} s; of the training thread {user:.3f} "
+            f"CPU s, {system:.3f} of the system for it"
+        )
     alone, beside, control = (
         statistics.median(step.wall for step in steps)
         for steps in (found.alone, found.beside, found.control)
