@@ -1,0 +1,272 @@
+"""`python -m tools.benchmarks.method_quality ROW...`: what features are worth, method by method.
+
+Each row is a change to `configs/runs/avatars32_diti.yaml`. It is trained, exported and probed like
+any run, on the same images, and leaves one file in `results/method_quality`, with the commit, the
+configuration and a learning curve. What is there already is not done again, and a row that was
+interrupted goes on; so the table can be filled over days. Without a row, the table is printed.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib import resources
+from pathlib import Path
+from statistics import mean
+
+from cluster.export import export_features
+from cluster.launch import launch_training
+from cluster.session import ray_session
+from configs.loading import digest_of_json, parse_run
+from configs.schema import RunConfig
+from data_pipelines.avatars import AvatarSpec, Split, attribute_granularity
+from data_pipelines.object_store import ObjectStore, join
+from data_pipelines.shard_index import INDEX_NAME
+from pretrain import checkpoint
+from pretrain.preflight import run_url
+from tools.attribute_probe import ProbeResult
+from tools.evaluate_attributes import evaluate_attributes
+from tools.evaluate_few_shot import evaluate_few_shot
+from tools.few_shot import FewShotResult, Shortcut
+from tools.make_data import make_avatars
+
+RECIPE = "avatars32_diti.yaml"
+RESULTS = Path(__file__).parent / "results" / "method_quality"
+COUNTS: dict[Split, int] = {"train": 49_152, "val": 4_096, "test": 4_096}
+ROWS_PER_SHARD = 512
+WORKERS = 2
+SHORTCUT = Shortcut("dark_background", 1.0)
+
+_ONE_SUBSET = "task.partition={kind: published, num_subsets: 1}"
+_FAST = ("task.weight=constant", "optimizer.learning_rate=1e-3", "optimizer.warmup_images=2048")
+_EARLY = (
+    *_FAST,
+    "task.timesteps.edges=[0, 200]",
+    "task.partition={kind: stages, stage_ends: [160, 1000], stage_dims: [112, 16], "
+    "stage_subsets: [16, 1]}",
+)
+ROWS: dict[str, tuple[str, ...]] = {
+    "authors": (),
+    "authors-pdae": (_ONE_SUBSET,),
+    "authors-fast": ("optimizer.learning_rate=1e-3", "optimizer.warmup_images=2048"),
+    "constant": _FAST,
+    "early": _EARLY,
+    "early-pdae": (*_FAST, "task.timesteps.edges=[0, 200]", _ONE_SUBSET),
+    "early-stop-grad": (*_EARLY, "task.mode=stop_grad"),
+}
+"""Changes to the recipe. `early` trains on the time-steps below 200 only, where an image has lost
+least, and cuts these finely."""
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """Mean average precision of a whole feature."""
+
+    images: int
+    """Trained on so far; 0 is the untrained encoder."""
+    all: float
+    by_granularity: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a row leaves."""
+
+    row: str
+    seed: int
+    command: str
+    commit: str
+    config_digest: str
+    date: str
+    machine: str
+    images_per_second: float
+    """In training; the median."""
+    curve: list[Precision]
+    pixels: Precision
+    attributes: dict[str, float]
+    """Average precision of each, at the end."""
+    few_shot: dict[str, float]
+    """Mean accuracy by number of shots, whole feature."""
+    misled: dict[str, float]
+    """The same where the background misleads."""
+    misled_best_subset: dict[str, float]
+    """The same by the subset that is best in the mean over the numbers of shots."""
+
+
+def run_row(folder: Path, row: str, seed: int) -> Result:
+    """Train, export, probe; goes on with what is there."""
+    config = config_of(folder, row, seed)
+    store = ObjectStore()
+    make_data(store, folder)
+    with ray_session(num_cpus=WORKERS):
+        launch_training(config, local_dir=(folder / "local").resolve())
+        steps = checkpoint.complete_steps(store, run_url(config))
+        for step in steps:
+            for split in ("val", "test"):
+                _export(store, config, folder, split, step)
+    probes = {step: _probe(store, config, step, pixels=step == 0) for step in steps}
+    (pixels,) = (probe for probe in probes[0] if probe.name == "raw pixels")
+    batch, last = config.train.global_batch, probes[steps[-1]][0]
+    plain, misled = (_few_shot(store, config, steps[-1], each) for each in (None, SHORTCUT))
+    newest = checkpoint.find(store, run_url(config), None)
+    speeds = [
+        line["images_per_second"]
+        for line in checkpoint.read_metrics(store, run_url(config), newest)
+    ]
+    return Result(
+        row=row,
+        seed=seed,
+        command=f"python -m tools.benchmarks.method_quality {row} --seed {seed}",
+        commit=_git("rev-parse", "--short", "HEAD"),
+        config_digest=digest_of_config(config),
+        date=datetime.now(UTC).date().isoformat(),
+        machine=f"{os.cpu_count()} cores, {_processor()}",
+        images_per_second=sorted(speeds)[len(speeds) // 2],
+        curve=[_precision(probe[0], step * batch) for step, probe in probes.items()],
+        pixels=_precision(pixels, 0),
+        attributes=dict(zip(last.attributes, last.average_precision, strict=True)),
+        few_shot=_of_feature(plain, plain[0].name),
+        misled=_of_feature(misled, misled[0].name),
+        misled_best_subset=_of_feature(misled, _best_subset(misled)),
+    )
+
+
+def config_of(folder: Path, row: str, seed: int) -> RunConfig:
+    """The run of a row. Raises ConfigError."""
+    text = (resources.files("configs") / "runs" / RECIPE).read_text()
+    places = (f"output={folder / 'runs'}", f"data.shards={folder / 'avatars' / 'train'}")
+    own = (f"name={row}-{seed}", f"seed={seed}", *ROWS[row])
+    return parse_run(text, (*places, *own), source=RECIPE)
+
+
+def digest_of_config(config: RunConfig) -> str:
+    """Of all that decides what is learnt; not of where things lie."""
+    found = config.model_dump(mode="json", include={"seed", "task", "train", "optimizer"})
+    return digest_of_json(found)[:12]
+
+
+def make_data(store: ObjectStore, folder: Path) -> None:
+    """The shards of every split that are not there yet."""
+    for split, count in COUNTS.items():
+        url = str(folder / "avatars" / split)
+        if not store.exists(join(url, INDEX_NAME)):
+            make_avatars(
+                AvatarSpec(split=split),
+                count,
+                store,
+                url,
+                rows_per_shard=ROWS_PER_SHARD,
+                workers=os.cpu_count() or 1,
+            )
+
+
+def _features_url(config: RunConfig, split: str, step: int) -> str:
+    return join(run_url(config), "features", f"step-{step:08d}-{split}")
+
+
+def _export(store: ObjectStore, config: RunConfig, folder: Path, split: Split, step: int) -> None:
+    export_features(
+        store,
+        run_url=run_url(config),
+        step=step,
+        shards_url=str(folder / "avatars" / split),
+        out_url=_features_url(config, split, step),
+        num_workers=WORKERS,
+    )
+
+
+def _probe(store: ObjectStore, config: RunConfig, step: int, *, pixels: bool) -> list[ProbeResult]:
+    return evaluate_attributes(
+        store,
+        train_url=_features_url(config, "val", step),
+        test_url=_features_url(config, "test", step),
+        pixels=pixels,
+    )
+
+
+def _few_shot(
+    store: ObjectStore, config: RunConfig, step: int, shortcut: Shortcut | None
+) -> list[FewShotResult]:
+    return evaluate_few_shot(
+        store,
+        train_url=_features_url(config, "val", step),
+        test_url=_features_url(config, "test", step),
+        shortcut=shortcut,
+        pixels=False,
+    )
+
+
+def _of_feature(results: list[FewShotResult], name: str) -> dict[str, float]:
+    return {str(result.shots): result.mean for result in results if result.name == name}
+
+
+def _best_subset(results: list[FewShotResult]) -> str:
+    """Of one subset only it is the feature itself."""
+    whole, *subsets = dict.fromkeys(result.name for result in results)
+    return max(subsets or [whole], key=lambda name: mean(r.mean for r in results if r.name == name))
+
+
+def _precision(probe: ProbeResult, images: int) -> Precision:
+    granularity = attribute_granularity()
+    by = {
+        kind: probe.mean_over([name for name, of in granularity.items() if of == kind])
+        for kind in ("coarse", "middle", "fine")
+    }
+    return Precision(images, probe.mean, by)
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(": ")[2]
+    return platform.processor()
+
+
+def _git(*arguments: str) -> str:
+    found = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True)  # noqa: S603, S607
+    return found.stdout.strip()
+
+
+def table() -> Iterator[str]:
+    """The results that are there, a line each; averages are of the whole feature."""
+    yield f"{'row':22} {'seed':>4} {'images':>7} {'AP':>6} {'coarse':>7} {'middle':>7} {'fine':>6}"
+    for file in sorted(RESULTS.glob("*.json")):
+        found = json.loads(file.read_text())
+        first, last = found["curve"][0], found["curve"][-1]
+        for name, at in ((found["row"], last), ("  untrained", first)):
+            by = at["by_granularity"]
+            yield (
+                f"{name:22} {found['seed']:>4} {at['images']:>7} {at['all']:>6.3f} "
+                f"{by['coarse']:>7.3f} {by['middle']:>7.3f} {by['fine']:>6.3f}"
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train and probe rows of the table of methods.")
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}")
+    parser.add_argument("--seed", type=int, default=0, help="of the run (default 0)")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("runs/quality"), help="data and runs (runs/quality)"
+    )
+    args = parser.parse_args()
+    if unknown := [row for row in args.rows if row not in ROWS]:
+        parser.error(f"there is no row {unknown[0]}; there are: {', '.join(ROWS)}")
+    folder = args.folder.absolute()
+    for row in args.rows:
+        file = RESULTS / f"{row}-{args.seed}.json"
+        if file.exists():
+            print(f"{file} is there already")
+            continue
+        result = run_row(folder, row, args.seed)
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(asdict(result), indent=1) + "\n")
+        print(f"{row}: {result.curve[-1].all:.3f}, written to {file}", flush=True)
+    print("\n".join(table()))
+
+
+if __name__ == "__main__":
+    main()
