@@ -60,6 +60,20 @@ def print_weights(found: Any) -> None:
     Console().print(table)
 
 
+def print_attribute_loss(found: Any) -> None:
+    """A row per attribute, first lost first: where half is gone, and precision by time-step, of
+    which every other one is shown."""
+    names = sorted(found.attributes, key=lambda name: found.half_lost(name) or math.inf)
+    title = "average precision of what x_t still tells, on unseen images"
+    steps = ["x_0" if t < 0 else f"t={t}" for t in found.timesteps[::2]]
+    table = Table(Column("attribute", no_wrap=True), "half\nlost at", *steps, title=title)
+    for name in names:
+        half, number = found.half_lost(name), found.attributes.index(name)
+        cells = [f"{value:.2f}" for value in found.precision[::2, number]]
+        table.add_row(name, "never" if half is None else f"{half:.0f}", *cells)
+    Console().print(table)
+
+
 def print_few_shot(results: list[Any]) -> None:
     """A row per feature, a column per number of shots: mean over the draws, and their spread."""
     by_name: dict[str, list[Any]] = {}

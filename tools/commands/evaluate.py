@@ -8,7 +8,13 @@ import typer
 
 from tools.commands.options import AsJson, AuthorsConfig, Run, Timesteps, Untrained, ends_of
 from tools.commands.outcome import clear_errors
-from tools.tables import print_few_shot, print_probes, print_reconstructions, print_weights
+from tools.tables import (
+    print_attribute_loss,
+    print_few_shot,
+    print_probes,
+    print_reconstructions,
+    print_weights,
+)
 
 app = typer.Typer(help="What features hold.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -80,6 +86,53 @@ def weights(
             typer.echo(json.dumps(asdict(found), indent=1))
         else:
             print_weights(found)
+
+
+@app.command("attribute-loss")
+def attribute_loss(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run: its backbone.")],
+    train_shards: Annotated[
+        str, typer.Option(help="Labelled shard set whose first images the probes learn on.")
+    ],
+    test_shards: Annotated[str, typer.Option(help="Another, that they are scored on.")],
+    count: Annotated[int, typer.Option(min=2, help="Images of each set.")] = 2048,
+    as_json: AsJson = False,
+) -> None:
+    """Where on the time axis each attribute is lost, by what the backbone makes of x_t.
+
+    It says where a partition's stages and the time-steps of training should lie.
+
+    Example: diti eval attribute-loss runs/mine --train-shards data/avatars/val --test-shards
+    data/avatars/test
+    """
+    with clear_errors():
+        from data_pipelines.object_store import ObjectStore
+        from tools.attribute_loss import evaluate_attribute_loss
+        from tools.progress import working
+
+        with working("probing reconstructions") as say:
+            found = evaluate_attribute_loss(
+                ObjectStore(),
+                run_url=run,
+                train_url=train_shards,
+                test_url=test_shards,
+                count=count,
+                on_timestep=lambda t: say("the image itself" if t < 0 else f"time-step {t}"),
+            )
+        if as_json:
+            rows = {
+                name: {
+                    "half_lost_at": found.half_lost(name),
+                    "base_rate": rate,
+                    "average_precision": precision,
+                }
+                for name, rate, precision in zip(
+                    found.attributes, found.base_rate, found.precision.T.tolist(), strict=True
+                )
+            }
+            typer.echo(json.dumps({"timesteps": found.timesteps, "attributes": rows}, indent=1))
+        else:
+            print_attribute_loss(found)
 
 
 @app.command()
