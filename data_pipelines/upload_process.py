@@ -22,7 +22,7 @@ _NICENESS = 10  # where training has every core, an upload takes what training l
 
 
 class MemoryFile:
-    """Bytes in memory, for as long as this object lives, that other processes can open by `path`.
+    """Bytes in memory while this object lives, that other processes can open by `path` (Linux).
 
     Attributes:
         bytes: writable.
@@ -79,7 +79,7 @@ class UploadProcess:
             self._process = subprocess.Popen(  # noqa: S603
                 [sys.executable, "-P", "-m", __name__, str(number)],
                 pass_fds=[number],
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
             )
 
 
