@@ -64,8 +64,8 @@ def print_attribute_loss(found: Any) -> None:
     """A row per attribute, first lost first: where half is gone, and precision by time-step, of
     which every other one is shown."""
     names = sorted(found.attributes, key=lambda name: found.half_lost(name) or math.inf)
-    title = "average precision of what x_t still tells, on unseen images"
-    steps = ["x_0" if t < 0 else f"t={t}" for t in found.timesteps[::2]]
+    title = "average precision of what x_t still tells, on unseen images, by t"
+    steps = ["x_0" if t < 0 else str(t) for t in found.timesteps[::2]]
     table = Table(Column("attribute", no_wrap=True), "half\nlost at", *steps, title=title)
     for name in names:
         half, number = found.half_lost(name), found.attributes.index(name)
