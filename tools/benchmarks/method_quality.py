@@ -49,6 +49,7 @@ _EARLY = (
     "task.partition={kind: stages, stage_ends: [160, 1000], stage_dims: [112, 16], "
     "stage_subsets: [16, 1]}",
 )
+_MATCHED = (*_FAST, "task.timesteps={edges: [50, 330, 700], shares: [0.6, 0.4]}")
 ROWS: dict[str, tuple[str, ...]] = {
     "authors": (),
     "authors-pdae": (_ONE_SUBSET,),
@@ -57,9 +58,16 @@ ROWS: dict[str, tuple[str, ...]] = {
     "early": _EARLY,
     "early-pdae": (*_FAST, "task.timesteps.edges=[0, 200]", _ONE_SUBSET),
     "early-stop-grad": (*_EARLY, "task.mode=stop_grad"),
+    "matched": (
+        *_MATCHED,
+        "task.partition={kind: stages, stage_ends: [150, 330, 480, 600, 1000], "
+        "stage_dims: [32, 40, 24, 20, 12], stage_subsets: [4, 4, 2, 2, 1]}",
+    ),
+    "matched-pdae": (*_MATCHED, _ONE_SUBSET),
 }
 """Changes to the recipe. `early` trains on the time-steps below 200 only, where an image has lost
-least, and cuts these finely."""
+least, and cuts these finely. `matched` has stages and time-steps where the attributes of this world
+are lost (`diti eval attribute-loss`)."""
 
 
 @dataclass(frozen=True, slots=True)
