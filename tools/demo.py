@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -50,7 +51,7 @@ def run_demo(folder: Path, overrides: tuple[str, ...] = ()) -> DemoResult:
         os.environ |= server.environment()
         store = open_store(config)
         console.print(f"S3 server at {server.endpoint_url}, data in {folder / 's3'}")
-        _make_data(store)
+        make_splits(store, AVATARS_URL, COUNTS)
         with ray_session(num_cpus=NUM_WORKERS):
             newest, features = _train_and_export(store, config, folder)
         return _evaluate(store, config, folder, newest, features)
@@ -114,9 +115,10 @@ def _evaluate(
     return DemoResult(report, probes, losses)
 
 
-def _make_data(store: ObjectStore) -> None:
-    for split, count in COUNTS.items():
-        url = join(AVATARS_URL, split)
+def make_splits(store: ObjectStore, avatars_url: str, counts: Mapping[Split, int]) -> None:
+    """The shards of every split that are not there yet."""
+    for split, count in counts.items():
+        url = join(avatars_url, split)
         if store.exists(join(url, INDEX_NAME)):
             continue
         with image_bar(f"avatars {split}", count) as advance:

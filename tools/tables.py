@@ -63,12 +63,13 @@ def print_weights(found: Any) -> None:
 def print_attribute_loss(found: Any) -> None:
     """A row per attribute, first lost first: where half is gone, and precision by time-step, of
     which every other one is shown."""
-    names = sorted(found.attributes, key=lambda name: found.half_lost(name) or math.inf)
+    lost = {name: found.half_lost(name) for name in found.attributes}
+    names = sorted(lost, key=lambda name: math.inf if lost[name] is None else lost[name])
     title = "average precision of what x_t still tells, on unseen images, by t"
     steps = ["x_0" if t < 0 else str(t) for t in found.timesteps[::2]]
     table = Table(Column("attribute", no_wrap=True), "half\nlost at", *steps, title=title)
     for name in names:
-        half, number = found.half_lost(name), found.attributes.index(name)
+        half, number = lost[name], found.attributes.index(name)
         cells = [f"{value:.2f}" for value in found.precision[::2, number]]
         table.add_row(name, "never" if half is None else f"{half:.0f}", *cells)
     Console().print(table)

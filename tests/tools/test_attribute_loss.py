@@ -12,6 +12,7 @@ from pretrain.world import World
 from tests.diti_command import diti
 from tests.tiny_run import make_run, make_shards
 from tools.attribute_loss import AttributeLoss, evaluate_attribute_loss
+from tools.tables import print_attribute_loss
 
 STORE = ObjectStore()
 
@@ -35,6 +36,16 @@ def test_half_is_lost_where_the_gain_over_the_base_rate_has_halved(
     precision: tuple[float, ...], half: float | None
 ) -> None:
     assert loss(*precision).half_lost("hat") == (None if half is None else pytest.approx(half))
+
+
+def test_the_table_has_what_is_lost_at_once_first_and_what_is_never_lost_last(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    precision = np.array([[1.0, 1.0, 1.0], [0.9, 0.2, 1.0], [0.9, 0.2, 0.2], [0.7, 0.2, 0.2]])
+    names = ("never", "at_once", "later")
+    print_attribute_loss(AttributeLoss(names, (-1, 0, 100, 200), precision, (0.2, 0.2, 0.2)))
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert [row.split()[1] for row in rows] == ["at_once", "later", "never"]
 
 
 @pytest.fixture(scope="module")

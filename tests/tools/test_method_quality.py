@@ -25,7 +25,7 @@ def test_a_row_leaves_its_curve_attributes_and_shots(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny = ("train.total_images=128", "train.checkpoint_every_images=64", "train.global_batch=32")
-    monkeypatch.setitem(ROWS, "tiny", (*ROWS["early"], *tiny))
+    monkeypatch.setitem(ROWS, "tiny", (*ROWS["early"], *tiny, "optimizer.warmup_images=0"))
     monkeypatch.setattr(method_quality, "RESULTS", tmp_path / "results")
     counts = {"train": 256, "val": 1024, "test": 1024}
     monkeypatch.setattr(method_quality, "COUNTS", counts)

@@ -82,14 +82,14 @@ def measure(ways: list[str], batch: int, turns: int) -> list[Row]:
             images_per_second=batch / statistics.median(of_way),
             tflops=flops / statistics.median(of_way) / 1e12,
             held_mib=held[way] / 2**20,
-            planned_mib=_planned(OUR_WAYS[way], batch) / 2**20 if way in OUR_WAYS else None,
+            planned_mib=_planned(way, batch) / 2**20 if way in OUR_WAYS else None,
         )
         for way, of_way in seconds.items()
     ]
 
 
 def _work(way: str, batch: int, pipe: Connection) -> None:
-    step = _our_step(OUR_WAYS[way], batch) if way in OUR_WAYS else _plain_step(way, batch)
+    step = _our_step(way, batch) if way in OUR_WAYS else _plain_step(way, batch)
     for _ in range(WARM_STEPS):
         step()
     torch.cuda.synchronize()
@@ -105,9 +105,12 @@ def _work(way: str, batch: int, pipe: Connection) -> None:
         pipe.send(statistics.median(laps))
 
 
-def _our_step(changes: dict[str, Any], batch: int) -> Callable[[], None]:
-    engine = EngineConfig.model_validate({"zero_stage": 2, **changes})
-    steps = Steps(make_model(), engine, plan_of(batch, 1))
+def _engine_of(way: str) -> EngineConfig:
+    return EngineConfig.model_validate({"zero_stage": 2, **OUR_WAYS[way]})
+
+
+def _our_step(way: str, batch: int) -> Callable[[], None]:
+    steps = Steps(make_model(), _engine_of(way), plan_of(batch, 1))
     return lambda: steps.take(1)
 
 
@@ -122,9 +125,9 @@ def _plain_step(way: str, batch: int) -> Callable[[], None]:
     return step
 
 
-def _planned(changes: dict[str, Any], batch: int) -> int:
+def _planned(way: str, batch: int) -> int:
     """Bytes on the GPU."""
-    engine = EngineConfig.model_validate({"zero_stage": 2, **changes})
+    engine = _engine_of(way)
     sizes = sizes_of(make_model(), image_size_px=IMAGE_SIZE_PX, micro_batch=batch)
     parts = plan_memory(sizes, engine, plan_of(batch, 1))
     return sum(size for part, size in parts.items() if part not in in_host_memory(engine))

@@ -23,21 +23,19 @@ from cluster.launch import launch_training
 from cluster.session import ray_session
 from configs.loading import digest_of_json, parse_run
 from configs.schema import RunConfig
-from data_pipelines.avatars import AvatarSpec, Split, attribute_granularity
+from data_pipelines.avatars import Split, attribute_granularity
 from data_pipelines.object_store import ObjectStore, join
-from data_pipelines.shard_index import INDEX_NAME
 from pretrain import checkpoint
 from pretrain.preflight import run_url
 from tools.attribute_probe import ProbeResult
+from tools.demo import make_splits
 from tools.evaluate_attributes import evaluate_attributes
 from tools.evaluate_few_shot import evaluate_few_shot
 from tools.few_shot import FewShotResult, Shortcut
-from tools.make_data import make_avatars
 
 RECIPE = "avatars32_diti.yaml"
 RESULTS = Path(__file__).parent / "results" / "method_quality"
 COUNTS: dict[Split, int] = {"train": 49_152, "val": 4_096, "test": 4_096}
-ROWS_PER_SHARD = 512
 WORKERS = 2
 SHORTCUT = Shortcut("dark_background", 1.0)
 
@@ -109,7 +107,7 @@ def run_row(folder: Path, row: str, seed: int) -> Result:
     """Train, export, probe; goes on with what is there."""
     config = config_of(folder, row, seed)
     store = ObjectStore()
-    make_data(store, folder)
+    make_splits(store, str(folder / "avatars"), COUNTS)
     with ray_session(num_cpus=WORKERS):
         launch_training(config, local_dir=(folder / "local").resolve())
         steps = checkpoint.complete_steps(store, run_url(config))
@@ -155,21 +153,6 @@ def digest_of_config(config: RunConfig) -> str:
     """Of all that decides what is learnt; not of where things lie."""
     found = config.model_dump(mode="json", include={"seed", "task", "train", "optimizer"})
     return digest_of_json(found)[:12]
-
-
-def make_data(store: ObjectStore, folder: Path) -> None:
-    """The shards of every split that are not there yet."""
-    for split, count in COUNTS.items():
-        url = str(folder / "avatars" / split)
-        if not store.exists(join(url, INDEX_NAME)):
-            make_avatars(
-                AvatarSpec(split=split),
-                count,
-                store,
-                url,
-                rows_per_shard=ROWS_PER_SHARD,
-                workers=os.cpu_count() or 1,
-            )
 
 
 def _features_url(config: RunConfig, split: str, step: int) -> str:
