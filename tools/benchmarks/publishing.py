@@ -1,15 +1,14 @@
 """`python -m tools.benchmarks.publishing`: what a step takes while a checkpoint is published.
 
 One worker trains the CelebA-64 model on one core; what loads, publishes (a process beside the
-worker) and serves S3 has another core. Steps are told apart by whether the publishing thread was at
-work when they began and ended.
-As a control, another process uploads as much in the same way from the other core in some of the
-steps: what these take more than those alone is the machine's doing, not the run's.
+worker) and serves S3 has another core. Steps are told apart by whether the publishing thread was
+at work when they began and ended, and compared with their neighbours: the machine's pace drifts.
+As a control, another process uploads as much in the same way from the other core after every second
+checkpoint: what these steps take more than those alone is the machine's doing, not the run's.
 """
 
 import argparse
 import hashlib
-import itertools
 import multiprocessing
 import os
 import resource
@@ -17,8 +16,10 @@ import statistics
 import tempfile
 import threading
 import time
+from collections import defaultdict
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,20 +84,15 @@ _START = Seconds(0.0, 0.0, 0.0, 0.0)
 
 @dataclass
 class Steps:
-    """What each step took, by what the publisher did in it."""
+    """What each step took, by what the publisher did in it. One section begins with each checkpoint
+    (the first with the run) and lasts until the next one."""
 
-    alone: list[Seconds] = field(default_factory=list)
-    beside: list[Seconds] = field(default_factory=list)
-    starting: list[Seconds] = field(default_factory=list)
-    """In which a checkpoint's tensors were copied; that is on the step path."""
-    ending: list[Seconds] = field(default_factory=list)
-    """In which a checkpoint became complete."""
-    control: list[Seconds] = field(default_factory=list)
-    """Beside another process that uploads, without a checkpoint on its way."""
-    uploader: "Uploader | None" = None
-    control_from: int = 0
-    """Of the steps from one checkpoint to the next, the last ones are the control's."""
-    every: int = 1
+    uploader: "Uploader"
+    every: int
+    """Steps from one checkpoint to the next."""
+    sections: list[dict[str, list[Seconds]]] = field(default_factory=lambda: [defaultdict(list)])
+    """copying, beside, completing; then alone, or in every second section control: beside another
+    process that uploads."""
     _last: Seconds = _START
     _was_publishing: bool = True
 
@@ -105,25 +101,47 @@ class Steps:
         others = time.process_time() - own.ru_utime - own.ru_stime
         others += sum(sum(process.cpu_times()[:2]) for process in uploading())
         now = Seconds(time.perf_counter(), own.ru_utime, own.ru_stime, others)
-        publishing, uploads = is_publishing(), self.uploader is not None and self.uploader.is_on
+        is_now = is_publishing()
+        kind = {
+            (False, False): "control" if self.uploader.is_on else "alone",
+            (False, True): "copying",
+            (True, True): "beside",
+            (True, False): "completing",
+        }[self._was_publishing, is_now]
+        if kind == "copying":
+            self.sections.append(defaultdict(list))
         if progress.step > 2:  # the first steps warm up
-            kinds = {
-                (False, False): self.control if uploads else self.alone,
-                (False, True): self.starting,
-                (True, True): self.beside,
-                (True, False): self.ending,
-            }
-            kinds[self._was_publishing, publishing].append(now - self._last)
-        if self.uploader is not None:
-            self.uploader.turn(on=progress.step % self.every >= self.control_from)
-        self._last, self._was_publishing = now, publishing
+            self.sections[-1][kind].append(now - self._last)
+        is_control, copies_next = len(self.sections) % 2 == 0, (progress.step + 1) % self.every == 0
+        self.uploader.turn(on=is_control and not is_now and not copies_next)
+        self._last, self._was_publishing = now, is_now
+
+    def of(self, kind: str) -> list[Seconds]:
+        return [step for section in self.sections for step in section[kind]]
+
+    def ratios(self) -> tuple[list[float], list[float]]:
+        """Of each checkpoint: its steps beside publishing, and those beside another process,
+        against those alone. The last two lie next to the first, one before and one after: the
+        machine's pace changes by more than what is asked here."""
+        beside, control = [], []
+        for before, section in pairwise(self.sections):
+            rests = before | section  # its own "alone" or "control", and the other of before
+            if section["beside"] and rests.get("alone") and rests.get("control"):
+                alone = _median_wall(rests["alone"])
+                beside.append(_median_wall(section["beside"]) / alone)
+                control.append(_median_wall(rests["control"]) / alone)
+        return beside, control
 
     def cpu_per_save(self) -> float:
         """CPU seconds of a checkpoint: what its steps took more than those without one."""
-        alone = statistics.mean(step.training + step.others for step in self.alone)
-        steps = [*self.starting, *self.beside, *self.ending]
+        alone = statistics.mean(step.training + step.others for step in self.of("alone"))
+        steps = [*self.of("copying"), *self.of("beside"), *self.of("completing")]
         everything = sum(step.training + step.others for step in steps)
-        return (everything - alone * len(steps)) / len(self.starting)
+        return (everything - alone * len(steps)) / len(self.of("copying"))
+
+
+def _median_wall(steps: list[Seconds]) -> float:
+    return statistics.median(step.wall for step in steps)
 
 
 class Uploader:
@@ -199,7 +217,7 @@ def keep_to_one_core(core: int, others: int) -> None:
     os.sched_setaffinity(training, {core})
 
     def sort() -> None:
-        for turn in itertools.count():
+        for turn in count():
             # Looking for processes is not cheap.
             processes = ["self", *(str(p.pid) for p in uploading())] if turn % 50 == 0 else ["self"]
             for process in processes:
@@ -214,40 +232,35 @@ def keep_to_one_core(core: int, others: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Step time while a checkpoint is published.")
     parser.add_argument("--batch", type=int, default=2, help="images per step (default 2)")
-    parser.add_argument("--steps", type=int, default=60, help="of the run (default 60)")
-    parser.add_argument("--every", type=int, default=15, help="steps per checkpoint (default 15)")
+    parser.add_argument("--steps", type=int, default=128, help="of the run (default 128)")
+    parser.add_argument("--every", type=int, default=16, help="steps per checkpoint (default 16)")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    found = Steps()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         os.sched_setaffinity(0, {1})  # the server inherits it
         with local_s3(folder / "s3") as server:
             os.environ |= server.environment()
             config = make_config(folder, args.batch, args.steps, args.every)
-            found.uploader, found.every = Uploader(1), args.every
-            found.control_from = args.every * 2 // 3
+            found = Steps(Uploader(1), args.every)
             keep_to_one_core(0, 1)
             run(config, local_dir=folder, report=found.note)
     kinds = {
-        "alone": found.alone,
-        "beside publishing": found.beside,
-        "beside another process that uploads": found.control,
-        "that copy": found.starting,
+        "alone": "alone",
+        "beside": "beside publishing",
+        "control": "beside another process that uploads",
+        "copying": "that copy",
     }
-    for what, steps in kinds.items():
+    for kind, what in kinds.items():
+        steps = found.of(kind)
         wall, user, system, _ = (statistics.median(values) for values in zip(*steps, strict=True))
         print(
             f"{len(steps)} steps {what}: median {wall:.3f} s; of the training thread {user:.3f} "
             f"CPU s, {system:.3f} of the system for it"
         )
-    alone, beside, control = (
-        statistics.median(step.wall for step in steps)
-        for steps in (found.alone, found.beside, found.control)
-    )
-    print(f"beside publishing / alone: {beside / alone:.3f}")
-    print(f"beside another process / alone: {control / alone:.3f}")
-    print(f"beside publishing / beside another process: {beside / control:.3f}")
+    for what, ratios in zip(("publishing", "another process"), found.ratios(), strict=True):
+        each = ", ".join(f"{ratio:.3f}" for ratio in ratios)
+        print(f"beside {what} / alone: median {statistics.median(ratios):.3f} of {each}")
     print(f"{found.cpu_per_save():.1f} CPU s per checkpoint")
 
 
