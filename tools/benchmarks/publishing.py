@@ -110,14 +110,15 @@ class Steps:
         }[self._was_publishing, is_now]
         if kind == "copying":
             self.sections.append(defaultdict(list))
-        if progress.step > 2:  # the first steps warm up
+        # The first steps warm up; with the last one the run waits for its checkpoint.
+        if 2 < progress.step < progress.total_steps:
             self.sections[-1][kind].append(now - self._last)
         is_control, copies_next = len(self.sections) % 2 == 0, (progress.step + 1) % self.every == 0
         self.uploader.turn(on=is_control and not is_now and not copies_next)
         self._last, self._was_publishing = now, is_now
 
     def of(self, kind: str) -> list[Seconds]:
-        return [step for section in self.sections for step in section[kind]]
+        return [step for section in self.sections for step in section.get(kind, ())]
 
     def ratios(self) -> tuple[list[float], list[float]]:
         """Of each checkpoint: its steps beside publishing, and those beside another process,
@@ -232,7 +233,7 @@ def keep_to_one_core(core: int, others: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Step time while a checkpoint is published.")
     parser.add_argument("--batch", type=int, default=2, help="images per step (default 2)")
-    parser.add_argument("--steps", type=int, default=128, help="of the run (default 128)")
+    parser.add_argument("--steps", type=int, default=97, help="of the run (default 97)")
     parser.add_argument("--every", type=int, default=16, help="steps per checkpoint (default 16)")
     args = parser.parse_args()
     torch.set_num_threads(1)
