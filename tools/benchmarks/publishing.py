@@ -239,7 +239,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=16, help="steps per checkpoint (default 16)")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as name:  # noqa: S108 (memory, nothing secret)
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
         folder = Path(name)
         os.sched_setaffinity(0, {1})  # the server inherits it
         with local_s3(folder / "s3") as server:
