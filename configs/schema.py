@@ -10,7 +10,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from configs.task import DenoiserTask, DitiTask, ResNet10Config
+from configs.task import DenoiserTask, DitiTask, LabelsTask, ResNet10Config
 from configs.values import (
     Amount,
     Endpoint,
@@ -229,7 +229,7 @@ class RunConfig(Section):
     output: Url
     """Folder for checkpoints and logs; the run's own folder is output/name."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    task: Annotated[DitiTask | DenoiserTask, Field(discriminator="kind")]
+    task: Annotated[DitiTask | DenoiserTask | LabelsTask, Field(discriminator="kind")]
     data: DataConfig
     train: TrainConfig
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -280,7 +280,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _batch_norm_is_fp32(self) -> Self:
         if (
-            isinstance(self.task, DitiTask)
+            isinstance(self.task, DitiTask | LabelsTask)
             and isinstance(self.task.encoder, ResNet10Config)
             and self.engine.precision != "fp32"
         ):

@@ -320,6 +320,21 @@ class DitiTask(Section):
         return self
 
 
+class LabelsTask(Section):
+    """Train the encoder with labels: what a feature of its shape could tell at most."""
+
+    kind: Literal["labels"]
+    encoder: AnyEncoderConfig = EncoderConfig()
+    attributes: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Of those that each sample's json has under `attributes`, 0 or 1 each."""
+
+    @model_validator(mode="after")
+    def _attributes_differ(self) -> Self:
+        if len(set(self.attributes)) < len(self.attributes):
+            raise ValueError(f"attributes must differ, got {', '.join(self.attributes)}")
+        return self
+
+
 class DenoiserTask(Section):
     """Train a backbone: an unconditional denoiser, epsilon prediction."""
 

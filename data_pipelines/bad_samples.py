@@ -16,11 +16,18 @@ from data_pipelines.object_store import (
     ObjectMissingError,
     ObjectTooShortError,
 )
+from data_pipelines.sample_labels import LabelError
 from data_pipelines.sample_mix import Order
 from data_pipelines.sample_order import mix64
 from data_pipelines.tar_members import ShardMismatchError
 
-BAD_SAMPLE_ERRORS = (DecodeError, ShardMismatchError, ObjectMissingError, ObjectTooShortError)
+BAD_SAMPLE_ERRORS = (
+    DecodeError,
+    LabelError,
+    ShardMismatchError,
+    ObjectMissingError,
+    ObjectTooShortError,
+)
 """Errors that stay when the sample is read again."""
 MAX_CANDIDATES = 100
 DEAD_LETTERS = "dead-letters"
@@ -67,6 +74,8 @@ def cause_of(error: Exception) -> str:
             raise error
         case DecodeError():
             return "undecodable image"
+        case LabelError():
+            return "unlabelled"
         case ShardMismatchError():
             return "other bytes than indexed"
         case ObjectMissingError():

@@ -59,7 +59,8 @@ class FeatureManifest:
     checkpoint: str
     precision: str
     """What the encoder computed in."""
-    backbone_sha256: str
+    backbone_sha256: str | None
+    """None of an encoder that was trained without one."""
     config: dict[str, Any]
     source_url: str
     index_digest: str

@@ -10,10 +10,10 @@ new one that starts there.
 import queue
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
@@ -29,6 +29,7 @@ from data_pipelines.decoding import DecodeError
 from data_pipelines.object_store import ObjectStore
 from data_pipelines.range_cache import RangeCache
 from data_pipelines.sample_images import IMAGE_EXTENSIONS, decode_sample_into
+from data_pipelines.sample_labels import LABELS_EXTENSION, LabelError, labels_in
 from data_pipelines.sample_mix import Order
 from data_pipelines.sample_order import batch_positions, mix64
 from data_pipelines.sample_reader import PositionedSamples, Sample, Substitutes, looking_ahead
@@ -51,6 +52,8 @@ class Batch:
     keys: tuple[str, ...]
     dead_letters: tuple[DeadLetter, ...] = ()
     """Of the samples that had to be replaced; `keys` has their substitutes."""
+    labels: NDArray[np.int8] = field(default_factory=lambda: np.empty((0, 0), np.int8))
+    """(B, A), where labels were asked for."""
     decode_seconds: float = 0.0
     """What its threads worked for it, all together."""
 
@@ -66,21 +69,33 @@ def open_stream(
     rank: int,
     world_size: int,
     first_batch: int,
+    attributes: Sequence[str] = (),
 ) -> Iterator[Batch]:
     """Endless decoded micro-batches of a rank, from global batch number `first_batch` on.
 
     Samples that cannot be used are replaced (see `bad_samples`), and each batch says so.
+
+    Args:
+        attributes: to label each sample with, out of its json.
     """
+    extensions = (*IMAGE_EXTENSIONS, LABELS_EXTENSION) if attributes else IMAGE_EXTENSIONS
     blocks = (
         batch_positions(batch, global_batch=global_batch, rank=rank, world_size=world_size)
         for batch in count(first_batch)
     )
-    replace = Substitutes(store, index, order, IMAGE_EXTENSIONS)
+    replace = Substitutes(store, index, order, extensions)
     cache = data.cache and RangeCache(Path(data.cache.folder), int(data.cache.limit_gib * 2**30))
     crop = {"place_of": partial(crop_place, order.seed)} if data.crop == "random" else {}
     pipeline = DataPipeline(
-        PositionedSamples(store, index, order, blocks, IMAGE_EXTENSIONS, replace, cache),
-        decoded_batches(data.image_size_px, micro_batch, data.decode_threads, replace, **crop),
+        PositionedSamples(store, index, order, blocks, extensions, replace, cache),
+        decoded_batches(
+            data.image_size_px,
+            micro_batch,
+            data.decode_threads,
+            replace,
+            attributes=attributes,
+            **crop,
+        ),
     )
     return prefetched(iter(pipeline), data.prefetch_batches)
 
@@ -96,12 +111,14 @@ def decoded_batches(
     threads: int,
     replace: Substitutes | None = None,
     place_of: Callable[[int], float] = lambda position: 0.5,
+    attributes: Sequence[str] = (),
 ) -> Callable[[Iterable[Sample]], Iterator[Batch]]:
     """A pipeline stage from raw samples to batches: threads decode straight into the batch.
 
     Args:
         replace: makes another sample of one that cannot be decoded; without it, errors are raised.
         place_of: from a position to the place of the square that is cut.
+        attributes: that the batches are labelled with.
     """
 
     def decode(samples: list[Sample], out: NDArray[np.uint8]) -> tuple[list[Sample], float]:
@@ -114,7 +131,9 @@ def decoded_batches(
         while True:
             try:
                 decode_sample_into(out, sample, place_of(sample["__position__"]))
-            except DecodeError as error:
+                if attributes:
+                    sample["__labels__"] = labels_in(sample, attributes)
+            except (DecodeError, LabelError) as error:
                 if replace is None:
                     raise
                 sample = replace(sample, error)
@@ -151,6 +170,7 @@ def _batch_of(images: NDArray[np.uint8], pieces: list[tuple[list[Sample], float]
         np.array([sample["__position__"] for sample in samples], np.int64),
         tuple(sample["__key__"] for sample in samples),
         tuple(letter for sample in samples for letter in sample.get("__letters__", ())),
+        np.array([sample.get("__labels__", ()) for sample in samples], np.int8),
         sum(seconds for _, seconds in pieces),
     )
 

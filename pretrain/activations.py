@@ -11,6 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pretrain.inputs import zeros
+
 
 @dataclass(frozen=True, slots=True)
 class PassMemory:
@@ -28,7 +30,7 @@ def measure_pass(
     """Of a micro-batch. Nothing is computed; `model` and `frozen` are of no use afterwards.
 
     Args:
-        model: images, time-steps and noise to losses, on the CPU.
+        model: inputs to losses (see `inputs`), on the CPU.
         frozen: what it calls that is no part of it.
     """
     # What is not made here, such as a noise schedule, becomes fake where it is used.
@@ -36,10 +38,9 @@ def measure_pass(
         for module in (model, *frozen):
             module.train(module is model)
             _make_fake(module, mode)
-        images = torch.empty(micro_batch, 3, image_size_px, image_size_px)
-        t = torch.empty(micro_batch, dtype=torch.int64)
+        inputs = zeros(model, micro_batch, image_size_px, "cpu")
         with _LiveBytes(list(model.parameters())) as live:
-            model(images, t, images).mean().backward()
+            model(*inputs).mean().backward()
     return PassMemory(live.most_without_gradients, live.most)
 
 

@@ -105,16 +105,14 @@ class Engine:
         )
         self.pieces = self._own_pieces()
 
-    def step(
-        self, learning_rate: float, micro_batches: list[tuple[Tensor, Tensor, Tensor]]
-    ) -> Tensor:
-        """One optimizer step over (images, t, noise) micro-batches; the mean loss, a scalar."""
+    def step(self, learning_rate: float, micro_batches: list[tuple[Tensor, ...]]) -> Tensor:
+        """One optimizer step over micro-batches, see `inputs`; the mean loss, a scalar."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         losses = []
-        for images, t, noise in micro_batches:
+        for inputs in micro_batches:
             with self._clock("forward"):
-                loss = self._engine(images, t, noise).mean()
+                loss = self._engine(*inputs).mean()
             with self._clock("backward"):
                 self._engine.backward(loss)
             with self._clock("optimizer"):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.diti import DiTi
+from pretrain.inputs import zeros
 
 _PEAK_SIZE = {"cpu": 1024, "cuda": 8192}
 """Rows of the square matrices whose product is timed."""
@@ -30,19 +31,18 @@ def count_flops(model: nn.Module, image_size_px: int, device: torch.device) -> M
     """By one pass of one image of zeros; changes no weight, gradient or buffer.
 
     Args:
-        model: images, time-steps and noise to losses.
+        model: inputs to losses, see `inputs`.
     """
     was_training = model.training
     model.eval()  # BatchNorm's averages stay as they are
-    image = torch.zeros(1, 3, image_size_px, image_size_px, device=device)
-    t = torch.zeros(1, dtype=torch.int64, device=device)
+    inputs = zeros(model, 1, image_size_px, device)
     weights = list(model.parameters())
     with FlopCounterMode(display=False) as everything:
-        torch.autograd.grad(model(image, t, image).sum(), weights, allow_unused=True)
+        torch.autograd.grad(model(*inputs).sum(), weights, allow_unused=True)
     frozen = 0
     if isinstance(model, DiTi):
         with FlopCounterMode(display=False) as looking:
-            model.decoder.look(image, t)
+            model.decoder.look(*inputs[:2])
         frozen = looking.get_total_flops()
     model.train(was_training)
     return ModelFlops(frozen, everything.get_total_flops() - frozen)

@@ -6,14 +6,16 @@ The interpreter and its libraries come on top.
 from dataclasses import dataclass
 
 from configs.schema import EngineConfig, RunConfig
-from configs.task import DitiTask
+from configs.task import DenoiserTask, DitiTask, LabelsTask
 from data_pipelines.object_store import ObjectStore
 from data_pipelines.shard_index import ShardIndex
 from pretrain.activations import PassMemory, measure_pass
 from pretrain.backbone import untrained_backbone
+from pretrain.classifier import Classifier
 from pretrain.denoiser import Denoiser
 from pretrain.diti import DiTi
 from pretrain.engine import BUCKET_NUMBERS, LIVE_NUMBERS
+from pretrain.inputs import Model
 from pretrain.run_plan import RunPlan
 from pretrain.unet import set_recomputing
 
@@ -30,7 +32,7 @@ class ModelSizes:
     """Of one micro-batch, in float32."""
 
 
-def sizes_of(model: DiTi | Denoiser, *, image_size_px: int, micro_batch: int) -> ModelSizes:
+def sizes_of(model: Model, *, image_size_px: int, micro_batch: int) -> ModelSizes:
     """Found by taking a step without computing it; `model` is of no use afterwards."""
     frozen = [model.decoder.trunk] if isinstance(model, DiTi) else []
     numbers = [sum(p.numel() for p in part.parameters()) for part in (model, *frozen)]
@@ -56,11 +58,15 @@ def sizes_of_run(config: RunConfig, store: ObjectStore, plan: RunPlan) -> ModelS
         ) from error
 
 
-def _make_model(config: RunConfig, store: ObjectStore) -> DiTi | Denoiser:
-    if isinstance(config.task, DitiTask):
-        backbone = untrained_backbone(store, config.task.backbone)
-        return DiTi(config.task, backbone, image_size_px=config.data.image_size_px)
-    return Denoiser(config.task)
+def _make_model(config: RunConfig, store: ObjectStore) -> Model:
+    size = config.data.image_size_px
+    match config.task:
+        case DitiTask() as task:
+            return DiTi(task, untrained_backbone(store, task.backbone), image_size_px=size)
+        case DenoiserTask() as task:
+            return Denoiser(task)
+        case LabelsTask() as task:
+            return Classifier(task, image_size_px=size)
 
 
 def plan_memory(sizes: ModelSizes, engine: EngineConfig, plan: RunPlan) -> dict[str, int]:

@@ -14,15 +14,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data_pipelines.sample_order import mix64, permute
-from pretrain.timesteps import TimestepDistribution
 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
     """Random numbers of B samples."""
 
-    t_B: Tensor
-    """int64, from the run's distribution."""
+    place_B: NDArray[np.float64]
+    """In [0, 1): where in a distribution of time-steps."""
     noise_BCHW: Tensor
     """float32, N(0, I)."""
     flip_B: Tensor
@@ -33,14 +32,13 @@ def draw(
     positions: NDArray[np.int64],
     *,
     seed: int,
-    timesteps: TimestepDistribution,
     global_batch: int,
     image_shape: tuple[int, int, int],
 ) -> Draw:
-    """Time-steps, noise and coins of the samples at these positions.
+    """Places, noise and coins of the samples at these positions.
 
-    Time-steps are stratified: the `global_batch` samples of one global batch fall into as many
-    equal parts of the distribution, one each, in an order that every batch permutes anew.
+    Places are stratified: the `global_batch` samples of one global batch fall into as many equal
+    parts of the distribution, one each, in an order that every batch permutes anew.
     """
     u_B = np.empty(len(positions))
     noise_BCHW = np.empty((len(positions), *image_shape), np.float32)
@@ -53,5 +51,5 @@ def draw(
     strata_B = permute(
         positions % global_batch, global_batch, mix64(seed, positions // global_batch)
     )
-    t_B = timesteps.quantile((strata_B + u_B) / global_batch)
-    return Draw(torch.from_numpy(t_B), torch.from_numpy(noise_BCHW), torch.from_numpy(flip_B))
+    place_B = (strata_B + u_B) / global_batch
+    return Draw(place_B, torch.from_numpy(noise_BCHW), torch.from_numpy(flip_B))

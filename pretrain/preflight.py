@@ -11,15 +11,18 @@ import numpy as np
 import torch
 
 from configs.schema import EngineConfig, RunConfig
-from configs.task import DitiTask
+from configs.task import DitiTask, LabelsTask
 from data_pipelines.object_store import ObjectStore, join
 from data_pipelines.range_cache import RangeCache
+from data_pipelines.sample_labels import LABELS_EXTENSION, labels_in
 from data_pipelines.sample_mix import Order, SampleMix
 from data_pipelines.sample_order import SampleOrder
+from data_pipelines.sample_reader import read_sample
 from data_pipelines.shard_index import (
     ShardIndex,
     changed_shards,
     listing_of,
+    read_members,
     read_sets,
     shards_changed,
 )
@@ -123,6 +126,8 @@ def preflight(
             f"train.global_batch is {config.train.global_batch}, but {index.url} has only "
             f"{index.num_samples} images; use a smaller batch or a larger set"
         )
+    if isinstance(config.task, LabelsTask):
+        _check_labels(config.task, store, index)
     if from_step is None:
         newest = checkpoint.newest(store, run_url(config))
     else:
@@ -148,6 +153,13 @@ def preflight(
     changed = tuple(changed_settings(newest, config))
     _warn_of_decay(newest, config)
     return Preflight(index, plan, newest.step, changed)
+
+
+def _check_labels(task: LabelsTask, store: ObjectStore, index: ShardIndex) -> None:
+    """The first sample must have them; others that do not are bad samples."""
+    shard = index.shards[0]
+    table = read_members(store, shard)
+    labels_in(read_sample(store, shard.url, table, 0, (LABELS_EXTENSION,)), task.attributes)
 
 
 def _warn_of_rounding(order: Order, weights: Sequence[float]) -> None:

@@ -13,12 +13,14 @@ import torch
 from configs.schema import RunConfig
 from data_pipelines.shard_index import read_sets
 from pretrain import checkpoint
+from pretrain.classifier import Classifier
 from pretrain.ema import Ema
 from pretrain.engine import Engine
+from pretrain.inputs import to_tensors
 from pretrain.preflight import open_store, run_url, sample_order
 from pretrain.restore import restore
 from pretrain.run_plan import learning_rate, plan_run
-from pretrain.train import build_model, open_batches, seed_dropout, set_execution, to_tensors
+from pretrain.train import build_model, open_batches, seed_dropout, set_execution
 from pretrain.world import join_world
 
 
@@ -26,7 +28,8 @@ from pretrain.world import join_world
 class ReplayedSample:
     position: int
     key: str
-    timestep: int
+    timestep: int | None
+    """None where the task has none."""
     loss: float
 
 
@@ -83,12 +86,14 @@ def replay(config: RunConfig, step: int, allow_change: Sequence[str] = ()) -> Re
         micro_batches = []
         for _ in range(plan.accumulation):
             batch = next(batches)
-            images, t, noise = to_tensors(batch, config, model.timesteps, world.device)
-            micro_batches.append((images, t, noise))
+            inputs = to_tensors(batch, config, model, world.device)
+            micro_batches.append(inputs)
             if done == step - 1:
                 with torch.no_grad():
-                    losses = model(images, t, noise).tolist()
-                rows = zip(batch.positions.tolist(), batch.keys, t.tolist(), losses, strict=True)
+                    losses = model(*inputs).tolist()
+                has_timesteps = not isinstance(model, Classifier)
+                t = inputs[1].tolist() if has_timesteps else [None] * len(losses)
+                rows = zip(batch.positions.tolist(), batch.keys, t, losses, strict=True)
                 samples += [ReplayedSample(*row) for row in rows]
         if done == step - 1:
             seed_dropout(config, done, world)  # looking has used it up

@@ -14,10 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from configs.schema import EngineConfig, RunConfig
-from configs.task import DitiTask
+from configs.task import DenoiserTask, DitiTask, LabelsTask
 from data_pipelines.bad_samples import TooManyBadSamplesError
 from data_pipelines.object_store import ObjectStore
 from data_pipelines.sample_mix import Order
@@ -27,14 +26,15 @@ from data_pipelines.shard_index import ShardIndex, read_sets
 from pretrain import checkpoint
 from pretrain.attention import DTYPES, choose_kernel
 from pretrain.backbone import Backbone, load_backbone
+from pretrain.classifier import Classifier
 from pretrain.denoiser import Denoiser
 from pretrain.diti import DiTi
 from pretrain.ema import Ema
 from pretrain.engine import Engine, place_frozen
 from pretrain.error_budget import ErrorBudget
 from pretrain.heartbeat import heartbeat
+from pretrain.inputs import Model, to_tensors
 from pretrain.metrics import MetricsLog
-from pretrain.position_noise import draw
 from pretrain.preflight import load_start, open_store, run_url, sample_order
 from pretrain.progress import Progress, Pulse
 from pretrain.restore import restore
@@ -42,7 +42,6 @@ from pretrain.run_plan import RunPlan, learning_rate, plan_run
 from pretrain.saver import Saver
 from pretrain.sentinels import Fault, LossWatch, first_fault
 from pretrain.step_clock import Clock, StepClock, untimed
-from pretrain.timesteps import TimestepDistribution
 from pretrain.unet import set_attention, set_recomputing
 from pretrain.window import Window, measure_speed, metrics_line
 from pretrain.world import World, from_first_rank, gather_from_ranks, join_world
@@ -115,7 +114,6 @@ def run(
     set_execution(model, config.engine)  # only now: what it does twice is no work of the model's
     if newest is None and isinstance(model, DiTi):
         load_start(model, store)
-    timesteps = model.timesteps
     engine = Engine(model, config.engine, config.optimizer, plan, world, clock)
     ema = Ema([piece.weights for piece in engine.pieces], config.train.ema_decay)
     saver = Saver(config, store, world, plan, index, backbone, newest)
@@ -153,7 +151,7 @@ def run(
                 budget.note(batch.dead_letters)
                 window.note(batch)
                 with clock("host to device"):
-                    micro_batches.append(to_tensors(batch, config, timesteps, world.device))
+                    micro_batches.append(to_tensors(batch, config, model, world.device))
 
             images_before = step * config.train.global_batch
             rate = learning_rate(config.optimizer, images_before, config.train.total_images)
@@ -185,34 +183,42 @@ def run(
 
 def build_model(
     config: RunConfig, store: ObjectStore, device: torch.device, clock: Clock = untimed
-) -> tuple[DiTi | Denoiser, Backbone | None]:
+) -> tuple[Model, Backbone | None]:
     """The module that a run trains, on its device, and its backbone if it has one; collective.
 
     Args:
         clock: charged with the backbone's part of the forward pass.
     """
-    dtype = DTYPES[config.engine.precision]
+    dtype, backbone = DTYPES[config.engine.precision], None
     kernel = choose_kernel(config.engine.attention, device=device, dtype=dtype)
-    if isinstance(config.task, DitiTask):
-        backbone = load_backbone(store, config.task.backbone)
-        model = DiTi(config.task, backbone, image_size_px=config.data.image_size_px)
-        model.clock = clock
-        set_attention(backbone.unet, kernel)
-        place_frozen(model.decoder.trunk, config.engine, device)
-    else:
-        model, backbone = Denoiser(config.task), None
-    model.tables_to(device)
+    match config.task:
+        case DitiTask() as task:
+            backbone = load_backbone(store, task.backbone)
+            model = DiTi(task, backbone, image_size_px=config.data.image_size_px)
+            model.clock = clock
+            model.tables_to(device)
+            set_attention(backbone.unet, kernel)
+            place_frozen(model.decoder.trunk, config.engine, device)
+        case DenoiserTask() as task:
+            model = Denoiser(task)
+            model.tables_to(device)
+        case LabelsTask() as task:
+            model = Classifier(task, image_size_px=config.data.image_size_px)
     set_attention(model, kernel)
     return model.to(device, dtype), backbone
 
 
-def set_execution(model: DiTi | Denoiser, engine: EngineConfig) -> None:
+def set_execution(model: Model, engine: EngineConfig) -> None:
     """Recompute activations, and compile parts when they are first called, as `engine` says."""
     set_recomputing(model, engine.recompute_activations)
-    if isinstance(model, Denoiser):
-        frozen, trained = [], [model.unet]
-    else:
-        frozen, trained = [model.decoder.trunk], [model.encoder, model.decoder]
+    frozen, trained = [], []
+    match model:
+        case DiTi():
+            frozen, trained = [model.decoder.trunk], [model.encoder, model.decoder]
+        case Denoiser():
+            trained = [model.unet]
+        case Classifier():
+            trained = [model.encoder]
     chosen = {"nothing": [], "frozen": frozen, "trained": trained, "both": [*frozen, *trained]}
     for part in chosen[engine.compile]:
         part.compile()
@@ -297,6 +303,7 @@ def open_batches(
         rank=world.rank,
         world_size=world.size,
         first_batch=first_batch,
+        attributes=config.task.attributes if isinstance(config.task, LabelsTask) else (),
     )
 
 
@@ -309,22 +316,3 @@ def _next_or_letters(
     except TooManyBadSamplesError as error:
         saver.write_dead_letters(step, [*budget.take_unwritten(), *error.letters])
         raise
-
-
-def to_tensors(
-    batch: Batch, config: RunConfig, timesteps: TimestepDistribution, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Images in [-1, 1], time-steps and noise of a micro-batch, on the device."""
-    pixels_BHWC = torch.from_numpy(batch.images).to(device)
-    images = pixels_BHWC.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
-    drawn = draw(
-        batch.positions,
-        seed=config.seed,
-        timesteps=timesteps,
-        global_batch=config.train.global_batch,
-        image_shape=(3, config.data.image_size_px, config.data.image_size_px),
-    )
-    if config.data.horizontal_flip:
-        mirrored = drawn.flip_B.to(device)[:, None, None, None]
-        images = torch.where(mirrored, images.flip(3), images)
-    return images, drawn.t_B.to(device), drawn.noise_BCHW.to(device)

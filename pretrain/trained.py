@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from configs.schema import RunConfig
-from configs.task import DitiTask, EncoderConfig
+from configs.task import DenoiserTask, DitiTask, EncoderConfig, LabelsTask, StagedPartition
 from data_pipelines.object_store import ObjectStore, absolute
 from pretrain import checkpoint
 from pretrain.backbone import digest_of_state, load_backbone, shapes_of, state_problems
@@ -43,8 +43,9 @@ class TrainedEncoder:
     """Name of the checkpoint (step-00001000), or of the authors' file."""
     step: int | None
     """None when an authors' file does not say."""
-    backbone_sha256: str
-    """Of the backbone's file; of an authors' file, over the tensors of its frozen part."""
+    backbone_sha256: str | None
+    """Of the backbone's file; of an authors' file, over the tensors of its frozen part. None where
+    the encoder was trained without one."""
     config: dict[str, Any]
     """Plain values: what the encoder was trained with, for the manifest of its features."""
     sha256: str
@@ -63,7 +64,12 @@ def load_encoder(
         CheckpointError: no such checkpoint, a damaged one, or one of another kind of run.
     """
     manifest = checkpoint.find(store, run_url, step)
-    config, task = _diti_run(manifest, run_url)
+    config = checkpoint.run_of(manifest)
+    task = config.task
+    if isinstance(task, DenoiserTask):
+        raise checkpoint.CheckpointError(
+            f"{run_url} is a run of kind {task.kind!r}; it trains no encoder"
+        )
     encoder = make_encoder(task.encoder, image_size_px=config.data.image_size_px)
     state = {
         name.removeprefix("encoder."): tensor
@@ -71,16 +77,25 @@ def load_encoder(
         if name.startswith("encoder.")
     }
     _load_exactly(encoder, state, run_url)
-    assert manifest.backbone_sha256 is not None
     return TrainedEncoder(
         encoder=encoder.requires_grad_(False).eval(),
-        partition=make_partition(task.partition, task.encoder.latent_dim),
+        partition=_partition_of(task),
         image_size_px=config.data.image_size_px,
         checkpoint=manifest.name,
         step=manifest.step,
         backbone_sha256=manifest.backbone_sha256,
         config=manifest.config,
         sha256=digest_of(encoder),
+    )
+
+
+def _partition_of(task: DitiTask | LabelsTask) -> Partition:
+    """What was trained without a partition is one subset."""
+    dims = task.encoder.latent_dim
+    if isinstance(task, DitiTask):
+        return make_partition(task.partition, dims)
+    return make_partition(
+        StagedPartition(stage_ends=(1000,), stage_dims=(dims,), stage_subsets=(1,)), dims
     )
 
 

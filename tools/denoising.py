@@ -88,11 +88,10 @@ def draw_noise(
     drawn = draw(
         np.arange(count) + repeat * count,
         seed=NOISE_SEED,
-        timesteps=timesteps,
         global_batch=count,
         image_shape=(channels, height, width),
     )
-    return drawn.t_B, drawn.noise_BCHW
+    return torch.from_numpy(timesteps.quantile(drawn.place_B)), drawn.noise_BCHW
 
 
 @torch.inference_mode()

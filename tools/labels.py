@@ -1,6 +1,5 @@
 """Labels of a shard set: what each sample's json says under `attributes`."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ from numpy.typing import NDArray
 from data_pipelines.feature_store import FeatureManifest, Features
 from data_pipelines.object_store import ObjectStore, join
 from data_pipelines.sample_images import decode_sample
+from data_pipelines.sample_labels import attributes_in
 from data_pipelines.sample_reader import Sample, iter_shard
 from data_pipelines.shard_index import ShardIndex, read_index
 
@@ -79,12 +79,12 @@ def labels_of(samples: list[Sample]) -> Labels:
     """Labels of raw samples.
 
     Raises:
-        ValueError: a sample has no json, no `attributes` of 0 and 1 in it, or others than the rest.
+        ValueError: a sample is not labelled, or with other attributes than the rest.
     """
-    names = tuple(sorted(_attributes(samples[0])))
+    names = tuple(sorted(attributes_in(samples[0])))
     rows = []
     for sample in samples:
-        attributes = _attributes(sample)
+        attributes = attributes_in(sample)
         if different := attributes.keys() ^ set(names):
             raise ValueError(
                 f"sample {sample['__key__']} of {sample['__url__']} and the first sample do not "
@@ -93,19 +93,6 @@ def labels_of(samples: list[Sample]) -> Labels:
         rows.append([attributes[name] for name in names])
     places = tuple((sample["__url__"], sample["__row__"]) for sample in samples)
     return Labels(places, names, np.array(rows, np.int8))
-
-
-def _attributes(sample: Sample) -> dict[str, int]:
-    try:
-        attributes = dict(json.loads(sample["json"])["attributes"].items())
-        if wrong := {name: value for name, value in attributes.items() if value not in (0, 1)}:
-            raise ValueError(f"{wrong} is neither 0 nor 1")
-    except (KeyError, ValueError, AttributeError, TypeError) as error:
-        raise ValueError(
-            f"sample {sample['__key__']} of {sample['__url__']} has no labels "
-            f"({type(error).__name__}: {error}); its json needs `attributes` of 0 and 1"
-        ) from error
-    return attributes
 
 
 def read_pixels(samples: list[Sample], size_px: int) -> NDArray[np.uint8]:

@@ -163,6 +163,7 @@ def _run_data(trained: TrainedEncoder, run: RunConfig) -> list[tuple[str, object
 
 
 def _timesteps(run: RunConfig) -> str:
+    assert isinstance(run.task, DitiTask)
     timesteps = run.task.timesteps
     first, last = timesteps.edges[0], timesteps.edges[-1]
     if timesteps.unit == "timestep":

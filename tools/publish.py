@@ -79,12 +79,17 @@ def publish_encoder(
         say: told what comes next, if it takes long.
 
     Raises:
-        ValueError: no such licence, features of another encoder, or an `out_url` that holds
-            something else.
+        ValueError: no such licence, an encoder of another kind of run, features of another encoder,
+            or an `out_url` that holds something else.
         ReleaseError: what was loaded back does not compute the same.
         StoreError: `out_url` cannot be written.
     """
     _check_licence(licence)
+    if trained.backbone_sha256 is None:
+        raise ValueError(
+            f"{trained.config['name']} was not trained against a backbone; only the encoder of a "
+            f"DiTi run, or of an authors' file, is published"
+        )
     _check_place(store, out_url, trained, ema=ema)
     measured = None if features is None else _measure(store, trained, features, say)
     # By name: one encoder gives one file.

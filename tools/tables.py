@@ -148,7 +148,12 @@ def print_replay(replayed: Replayed) -> None:
     )  # fmt: skip
     worst = sorted(replayed.samples, key=lambda s: -math.inf if math.isnan(s.loss) else -s.loss)
     for sample in worst[:MOST_ROWS]:
-        table.add_row(str(sample.position), sample.key, str(sample.timestep), f"{sample.loss:.6g}")
+        table.add_row(
+            str(sample.position),
+            sample.key,
+            "-" if sample.timestep is None else str(sample.timestep),
+            f"{sample.loss:.6g}",
+        )
     Console().print(table)
     if len(worst) > MOST_ROWS:
         typer.echo(f"the {MOST_ROWS} of the largest loss, of {counted(len(worst), 'sample')}")
@@ -204,7 +209,7 @@ def print_features(manifest: FeatureManifest) -> None:
     typer.echo(
         f"source   {manifest.source_url} (index {manifest.index_digest[:12]})\n"
         f"encoder  {manifest.checkpoint} (SHA-256 {manifest.encoder_sha256[:12]}), "
-        f"computed in {manifest.precision}, backbone {manifest.backbone_sha256[:12]}"
+        f"computed in {manifest.precision}, backbone {(manifest.backbone_sha256 or 'none')[:12]}"
     )
     if layout.copied:
         copied = ", ".join(f"{name} ({kind})" for name, kind in layout.copied.items())

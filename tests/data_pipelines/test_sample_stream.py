@@ -74,6 +74,7 @@ def stream(
     micro_batch: int = BATCH,
     first_batch: int = 0,
     side: int = SIDE,
+    attributes: tuple[str, ...] = (),
 ) -> Iterator[Batch]:
     return open_stream(
         store,
@@ -85,6 +86,7 @@ def stream(
         rank=rank,
         world_size=world_size,
         first_batch=first_batch,
+        attributes=attributes,
     )
 
 
@@ -448,6 +450,18 @@ def test_an_undecodable_image_is_replaced_and_named(tmp_path: Path):
         "undecodable image",
         rf"sample 000010005 of {url}/00001\.tar: damaged JPEG",
     )
+
+
+def test_an_unlabelled_image_is_replaced_and_named_where_labels_are_asked_for(tmp_path: Path):
+    url = str(tmp_path)
+    labelled = [{"attributes": {"a": row % 2}} if row != 5 else {} for row in range(12)]
+    rows = [(picture(0, row), metadata) for row, metadata in enumerate(labelled)]
+    index = write_index(STORE, url, [write_shard(STORE, url, 0, rows)])
+    found = take(stream(index), 1) + take(stream(index, attributes=("a",)), 1)
+    (letter,) = {letter.key: letter for letter in found[1].dead_letters}.values()
+    assert (letter.row, letter.cause) == (5, "unlabelled")
+    assert found[0].dead_letters == ()
+    assert [int(key[-4:]) % 2 for key in found[1].keys] == found[1].labels[:, 0].tolist()
 
 
 def test_when_nothing_can_be_used_the_stream_ends_with_an_error(tmp_path: Path):

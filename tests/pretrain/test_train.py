@@ -26,11 +26,12 @@ from data_pipelines.sample_stream import Batch
 from data_pipelines.tar_members import ShardMismatchError
 from pretrain import checkpoint
 from pretrain.error_budget import ErrorBudget
+from pretrain.inputs import to_tensors
 from pretrain.position_noise import draw
 from pretrain.preflight import preflight, run_url
 from pretrain.progress import Progress
 from pretrain.replay import replay
-from pretrain.train import TrainingDivergedError, build_model, run, to_tensors
+from pretrain.train import TrainingDivergedError, build_model, run
 from pretrain.trained import load_diti, load_encoder
 from pretrain.world import World
 from tests.ranks import run_on_ranks
@@ -489,11 +490,8 @@ def test_images_are_mirrored_where_their_coin_says_so(tmp_path: Path):
     model, _ = build_model(config, STORE, torch.device("cpu"))
     ramp = np.tile(np.arange(32, dtype=np.uint8)[None, None, :, None], (8, 32, 1, 3))
     batch = Batch(ramp, np.arange(8), ("key",) * 8)
-    images, _, noise = to_tensors(batch, config, model.timesteps, torch.device("cpu"))
-    coins = draw(
-        batch.positions, seed=config.seed, timesteps=model.timesteps, global_batch=32,
-        image_shape=(3, 32, 32),
-    ).flip_B  # fmt: skip
+    images, _, noise = to_tensors(batch, config, model, torch.device("cpu"))
+    coins = draw(batch.positions, seed=config.seed, global_batch=32, image_shape=(3, 32, 32)).flip_B
     assert 0 < coins.sum() < 8
     falls = (images[:, 0, 0, -1] < images[:, 0, 0, 0]).tolist()
     assert falls == coins.tolist()
