@@ -71,8 +71,8 @@ ROWS: dict[str, tuple[str, ...]] = {
 }
 """Changes to the recipe. `early` trains on the time-steps below 200 only, where an image has lost
 least, and cuts these finely. `matched` has stages and time-steps where the attributes of this world
-are lost (`diti eval attribute-loss`). `labels` is the ceiling: the same encoder, told the attributes
-themselves."""
+are lost (`diti eval attribute-loss`). `labels` is the ceiling: the same encoder, told the
+attributes themselves."""
 
 
 @dataclass(frozen=True, slots=True)
