@@ -10,7 +10,14 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from configs.task import DenoiserTask, DitiTask, LabelsTask, ResNet10Config
+from configs.task import (
+    BaselineTask,
+    DenoiserTask,
+    DitiTask,
+    MaskedTask,
+    ResNet10Config,
+    SimSiamTask,
+)
 from configs.values import (
     Amount,
     Endpoint,
@@ -229,7 +236,7 @@ class RunConfig(Section):
     output: Url
     """Folder for checkpoints and logs; the run's own folder is output/name."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    task: Annotated[DitiTask | DenoiserTask | LabelsTask, Field(discriminator="kind")]
+    task: Annotated[DitiTask | DenoiserTask | BaselineTask, Field(discriminator="kind")]
     data: DataConfig
     train: TrainConfig
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -279,14 +286,24 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _batch_norm_is_fp32(self) -> Self:
-        if (
-            isinstance(self.task, DitiTask | LabelsTask)
-            and isinstance(self.task.encoder, ResNet10Config)
-            and self.engine.precision != "fp32"
-        ):
+        task = self.task
+        if isinstance(task, DenoiserTask) or self.engine.precision == "fp32":
+            return self
+        if isinstance(task, SimSiamTask) or isinstance(task.encoder, ResNet10Config):
+            which = "encoder.kind resnet10" if task.encoder.kind == "resnet10" else "kind simsiam"
             raise ValueError(
-                f"task.encoder.kind resnet10 needs engine.precision fp32, "
-                f"got {self.engine.precision}: BatchNorm's averages stand still in fewer digits"
+                f"task.{which} needs engine.precision fp32, got {self.engine.precision}: "
+                f"BatchNorm's averages stand still in fewer digits"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _images_fit_patches(self) -> Self:
+        task, size = self.task, self.data.image_size_px
+        if isinstance(task, MaskedTask) and size % task.patch_size_px:
+            raise ValueError(
+                f"data.image_size_px must be divisible by task.patch_size_px "
+                f"({task.patch_size_px}), got {size}"
             )
         return self
 

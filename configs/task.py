@@ -335,6 +335,42 @@ class LabelsTask(Section):
         return self
 
 
+class VaeTask(Section):
+    """Train the encoder as a beta-VAE's."""
+
+    kind: Literal["vae"]
+    encoder: AnyEncoderConfig = EncoderConfig()
+    beta: PositiveFloat = 1.0
+    """Weight of the divergence from N(0, I); the error of a pixel has unit variance."""
+
+
+class MaskedTask(Section):
+    """Train the encoder to fill in hidden patches."""
+
+    kind: Literal["masked"]
+    encoder: AnyEncoderConfig = EncoderConfig()
+    patch_size_px: PositiveInt = 4
+    hidden_share: Annotated[float, Field(gt=0, lt=1)] = 0.75
+
+
+class SimClrTask(Section):
+    """Train the encoder to tell views of one image from those of others."""
+
+    kind: Literal["simclr"]
+    encoder: AnyEncoderConfig = EncoderConfig()
+    temperature: PositiveFloat = 0.2
+
+
+class SimSiamTask(Section):
+    """Train the encoder to predict one view of an image from another."""
+
+    kind: Literal["simsiam"]
+    encoder: AnyEncoderConfig = EncoderConfig()
+
+
+BaselineTask = LabelsTask | VaeTask | MaskedTask | SimClrTask | SimSiamTask
+
+
 class DenoiserTask(Section):
     """Train a backbone: an unconditional denoiser, epsilon prediction."""
 

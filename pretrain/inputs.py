@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from configs.schema import RunConfig
 from data_pipelines.sample_stream import Batch
-from pretrain.classifier import Classifier
+from pretrain.baselines import Baseline, Classifier
 from pretrain.denoiser import Denoiser
 from pretrain.diti import DiTi
 from pretrain.position_noise import draw
 
-Model = DiTi | Denoiser | Classifier
+Model = DiTi | Denoiser | Baseline
 
 
 def to_tensors(
@@ -22,7 +22,7 @@ def to_tensors(
     """A micro-batch as the model takes it, on the device.
 
     Returns:
-        Images in [-1, 1]; then time-steps and noise, or the labels.
+        Images in [-1, 1]; then time-steps and noise, or the labels, or only noise.
     """
     pixels_BHWC = torch.from_numpy(batch.images).to(device)
     images = pixels_BHWC.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
@@ -37,8 +37,11 @@ def to_tensors(
         images = torch.where(mirrored, images.flip(3), images)
     if isinstance(model, Classifier):
         return images, torch.from_numpy(batch.labels).to(device)
-    t_B = torch.from_numpy(model.timesteps.quantile(drawn.place_B))
-    return images, t_B.to(device), drawn.noise_BCHW.to(device)
+    noise = drawn.noise_BCHW.to(device)
+    if isinstance(model, DiTi | Denoiser):
+        t_B = torch.from_numpy(model.timesteps.quantile(drawn.place_B))
+        return images, t_B.to(device), noise
+    return images, noise
 
 
 def zeros(
@@ -47,5 +50,7 @@ def zeros(
     """Inputs of so many images, for what a pass costs and not for what it finds."""
     images = torch.zeros(count, 3, image_size_px, image_size_px, device=device)
     if isinstance(model, Classifier):
-        return images, torch.zeros(count, len(model.task.attributes), device=device)
+        return images, torch.zeros(count, len(model.attributes), device=device)
+    if isinstance(model, Baseline):
+        return images, images
     return images, torch.zeros(count, dtype=torch.int64, device=device), images

@@ -6,12 +6,12 @@ The interpreter and its libraries come on top.
 from dataclasses import dataclass
 
 from configs.schema import EngineConfig, RunConfig
-from configs.task import DenoiserTask, DitiTask, LabelsTask
+from configs.task import DenoiserTask, DitiTask
 from data_pipelines.object_store import ObjectStore
 from data_pipelines.shard_index import ShardIndex
 from pretrain.activations import PassMemory, measure_pass
 from pretrain.backbone import untrained_backbone
-from pretrain.classifier import Classifier
+from pretrain.baselines import make_baseline
 from pretrain.denoiser import Denoiser
 from pretrain.diti import DiTi
 from pretrain.engine import BUCKET_NUMBERS, LIVE_NUMBERS
@@ -65,8 +65,8 @@ def _make_model(config: RunConfig, store: ObjectStore) -> Model:
             return DiTi(task, untrained_backbone(store, task.backbone), image_size_px=size)
         case DenoiserTask() as task:
             return Denoiser(task)
-        case LabelsTask() as task:
-            return Classifier(task, image_size_px=size)
+        case task:
+            return make_baseline(task, image_size_px=size)
 
 
 def plan_memory(sizes: ModelSizes, engine: EngineConfig, plan: RunPlan) -> dict[str, int]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from configs.schema import EngineConfig, RunConfig
-from configs.task import DitiTask, LabelsTask
+from configs.task import DenoiserTask, DitiTask, LabelsTask
 from data_pipelines.object_store import ObjectStore, join
 from data_pipelines.range_cache import RangeCache
 from data_pipelines.sample_labels import LABELS_EXTENSION, labels_in
@@ -29,6 +29,7 @@ from data_pipelines.shard_index import (
 from pretrain import checkpoint
 from pretrain.attention import DTYPES, choose_kernel
 from pretrain.backbone import load_backbone
+from pretrain.baselines import make_baseline
 from pretrain.diti import DiTi
 from pretrain.resumable import changed_settings, check_resumable
 from pretrain.run_plan import RunPlan, plan_run
@@ -138,6 +139,8 @@ def preflight(
         model = DiTi(config.task, backbone, image_size_px=config.data.image_size_px)
         if newest is None:
             load_start(model, store)
+    elif not isinstance(config.task, DenoiserTask):
+        make_baseline(config.task, image_size_px=config.data.image_size_px)
     if newest is not None:
         checkpoint.check_files(store, run_url(config), newest)
         check_resumable(

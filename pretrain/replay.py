@@ -13,7 +13,8 @@ import torch
 from configs.schema import RunConfig
 from data_pipelines.shard_index import read_sets
 from pretrain import checkpoint
-from pretrain.classifier import Classifier
+from pretrain.denoiser import Denoiser
+from pretrain.diti import DiTi
 from pretrain.ema import Ema
 from pretrain.engine import Engine
 from pretrain.inputs import to_tensors
@@ -91,7 +92,7 @@ def replay(config: RunConfig, step: int, allow_change: Sequence[str] = ()) -> Re
             if done == step - 1:
                 with torch.no_grad():
                     losses = model(*inputs).tolist()
-                has_timesteps = not isinstance(model, Classifier)
+                has_timesteps = isinstance(model, DiTi | Denoiser)
                 t = inputs[1].tolist() if has_timesteps else [None] * len(losses)
                 rows = zip(batch.positions.tolist(), batch.keys, t, losses, strict=True)
                 samples += [ReplayedSample(*row) for row in rows]

@@ -26,7 +26,7 @@ from data_pipelines.shard_index import ShardIndex, read_sets
 from pretrain import checkpoint
 from pretrain.attention import DTYPES, choose_kernel
 from pretrain.backbone import Backbone, load_backbone
-from pretrain.classifier import Classifier
+from pretrain.baselines import make_baseline
 from pretrain.denoiser import Denoiser
 from pretrain.diti import DiTi
 from pretrain.ema import Ema
@@ -202,8 +202,8 @@ def build_model(
         case DenoiserTask() as task:
             model = Denoiser(task)
             model.tables_to(device)
-        case LabelsTask() as task:
-            model = Classifier(task, image_size_px=config.data.image_size_px)
+        case task:
+            model = make_baseline(task, image_size_px=config.data.image_size_px)
     set_attention(model, kernel)
     return model.to(device, dtype), backbone
 
@@ -217,7 +217,7 @@ def set_execution(model: Model, engine: EngineConfig) -> None:
             frozen, trained = [model.decoder.trunk], [model.encoder, model.decoder]
         case Denoiser():
             trained = [model.unet]
-        case Classifier():
+        case _:
             trained = [model.encoder]
     chosen = {"nothing": [], "frozen": frozen, "trained": trained, "both": [*frozen, *trained]}
     for part in chosen[engine.compile]:

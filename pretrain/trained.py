@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from configs.schema import RunConfig
-from configs.task import DenoiserTask, DitiTask, EncoderConfig, LabelsTask, StagedPartition
+from configs.task import BaselineTask, DenoiserTask, DitiTask, EncoderConfig, StagedPartition
 from data_pipelines.object_store import ObjectStore, absolute
 from pretrain import checkpoint
 from pretrain.backbone import digest_of_state, load_backbone, shapes_of, state_problems
@@ -89,7 +89,7 @@ def load_encoder(
     )
 
 
-def _partition_of(task: DitiTask | LabelsTask) -> Partition:
+def _partition_of(task: DitiTask | BaselineTask) -> Partition:
     """What was trained without a partition is one subset."""
     dims = task.encoder.latent_dim
     if isinstance(task, DitiTask):

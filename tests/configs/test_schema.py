@@ -32,6 +32,11 @@ MINIMAL: dict[str, dict[str, Any]] = {
     "BackboneConfig": {"weights": "builtin/avatars32", "sha256": SHA256},
     "DitiTask": {"kind": "diti", "backbone": {"weights": "x.safetensors", "sha256": SHA256}},
     "DenoiserTask": {"kind": "denoiser", "unet": {}},
+    "LabelsTask": {"kind": "labels", "attributes": ["hat"]},
+    "VaeTask": {"kind": "vae"},
+    "MaskedTask": {"kind": "masked"},
+    "SimClrTask": {"kind": "simclr"},
+    "SimSiamTask": {"kind": "simsiam"},
     "PublishedPartition": {"kind": "published"},
     "ResNet10Config": {"kind": "resnet10"},
     "TrainConfig": {"total_images": 1000, "global_batch": 10, "checkpoint_every_images": 100},
@@ -253,6 +258,20 @@ RESNET10 = MINIMAL["DitiTask"] | {"encoder": {"kind": "resnet10"}}
             r"optimizer.decay_images \(1001\) must not exceed train.total_images \(1000\); lower",
         ),
         (
+            lambda: changed_run(
+                task={"kind": "masked", "patch_size_px": 7}, data={"image_size_px": 64}
+            ),
+            r"image_size_px must be divisible by task.patch_size_px \(7\), got 64",
+        ),
+        (
+            lambda: changed_run(task={"kind": "simsiam"}, engine={"precision": "bf16"}),
+            "task.kind simsiam needs engine.precision fp32, got bf16",
+        ),
+        (
+            lambda: changed_run(task={"kind": "labels", "attributes": ["hat", "hat"]}),
+            "attributes must differ, got hat, hat",
+        ),
+        (
             lambda: changed_run(task=UNET, data={"image_size_px": 36}),
             "image_size_px must be divisible by 8 .* got 36",
         ),
@@ -285,6 +304,8 @@ def test_every_rule_passes_at_its_edge():
     changed_run(task=UNET, data={"image_size_px": 8})
     changed_run(task=RESNET10)
     changed_run(engine={"precision": "bf16"})
+    changed_run(task={"kind": "masked", "patch_size_px": 8}, data={"image_size_px": 64})
+    changed_run(task={"kind": "vae"}, engine={"precision": "bf16"})
 
 
 def test_the_defaults_are_the_papers():
