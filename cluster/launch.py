@@ -33,7 +33,7 @@ from pretrain.backbone import BUILTIN_PREFIX
 from pretrain.heartbeat import stalled
 from pretrain.preflight import Preflight, open_store, preflight, run_url
 from pretrain.progress import Progress
-from pretrain.publisher import SupersededError, collect_orphans
+from pretrain.publisher import SupersededError, claim, collect_orphans
 from pretrain.train import TrainingDivergedError, Wish, run
 
 POLL_SECONDS = 1.0
@@ -87,6 +87,7 @@ def launch_training(
     found = preflight(config, config.cluster.num_workers, allow_change, from_step)
     if from_step is not None:  # only once nothing is left to be refused
         checkpoint.go_back(store, run_url(config), from_step)
+    claim(store, run_url(config))
     collect_orphans(store, run_url(config))
     on_start(found)
     if found.is_done:

@@ -35,6 +35,9 @@ def ray_session(num_cpus: int, num_gpus: int = 0) -> Iterator[None]:
             _start(num_cpus)
         _check_gpus(num_gpus)
         yield
+    except KeyboardInterrupt:
+        _log.warning("interrupted; ending Ray's processes")
+        raise
     except RayError as error:
         raise ClusterError(f"Ray failed: {last_line(error)}") from error
     finally:

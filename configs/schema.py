@@ -217,7 +217,7 @@ class ClusterConfig(Section):
     that are taken away with notice do not count."""
     resize_seconds: PositiveFloat = 60.0
     """With `min_workers`: how often to look whether the cluster has room for more workers."""
-    stall_seconds: PositiveFloat = 300.0
+    stall_seconds: Annotated[float, Field(ge=1, le=86_400)] = 300.0
     """A collective that waits this long for a rank fails the worker group, which is restarted."""
     stop_seconds: PositiveFloat = 60.0
     """After SIGTERM, how long the run has to publish a checkpoint before it is ended."""

@@ -47,20 +47,25 @@ class UploadProcess:
         self._store = store
         self._process: subprocess.Popen[bytes] | None = None
 
-    def upload(self, file: MemoryFile, url: str) -> str:
+    def upload(self, file: MemoryFile, url: str, *, deadline_seconds: float) -> str:
         """Store a file at `url`; returns its SHA-256.
 
-        Raises StoreError: what the upload raised, or that its process was killed.
+        Raises StoreError: what the upload raised, that its process was killed, or that it took too
+        long and was ended.
         """
-        if self._process is None:
-            self._start()
-        assert self._process is not None
+        process = self._process = self._process or self._start()
         try:
             self._pipe.send((self._store, file.path, url))
+            if not self._pipe.poll(deadline_seconds):
+                self.close()
+                self._process = None
+                raise StoreError(f"{url}: not stored after {deadline_seconds:.0f} s, so given up")
             outcome = self._pipe.recv()
-        except (EOFError, OSError) as error:
-            code, self._process = self._process.wait(), None
-            raise StoreError(f"{url}: the process that uploads ended with {code}") from error
+        except (EOFError, ConnectionError) as error:
+            self._process = None
+            raise StoreError(
+                f"{url}: the process that uploads ended with {process.wait()}"
+            ) from error
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
@@ -71,12 +76,12 @@ class UploadProcess:
             self._process.kill()
             self._process.wait()
 
-    def _start(self) -> None:
+    def _start(self) -> subprocess.Popen[bytes]:
         # No multiprocessing.Process: it would import the main module, which may be Ray's.
         self._pipe, far_end = Pipe()
         with far_end:
             number = far_end.fileno()
-            self._process = subprocess.Popen(  # noqa: S603
+            return subprocess.Popen(  # noqa: S603
                 [sys.executable, "-P", "-m", __name__, str(number)],
                 pass_fds=[number],
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},

@@ -49,6 +49,10 @@ class DamagedError(CheckpointError):
     """A complete checkpoint is no longer what was published; trying again does not help."""
 
 
+class UnreadableError(CheckpointError):
+    """A manifest cannot be read, so nobody knows which files are its checkpoint's."""
+
+
 @dataclass(frozen=True, slots=True)
 class Manifest:
     """What COMPLETE.json says, beside the SHA-256 over all of that. `files` maps names below the
@@ -123,14 +127,18 @@ def read_manifest(store: ObjectStore, run_url: str, step: int) -> Manifest:
         ObjectMissingError: there is no complete checkpoint at that step.
         CheckpointError: the manifest cannot be read.
     """
-    return manifest_at(store, join(checkpoints_url(run_url), checkpoint_name(step), MANIFEST_NAME))
+    where = join(checkpoints_url(run_url), checkpoint_name(step), MANIFEST_NAME)
+    try:
+        return manifest_at(store, where)
+    except UnreadableError as error:
+        raise CheckpointError(f"{error}; {_instead(store, run_url, step)}") from error
 
 
 def manifest_at(store: ObjectStore, where: str) -> Manifest:
     """The manifest in one file, whatever that is called.
 
     Raises:
-        CheckpointError: it cannot be read, or is not what was written.
+        UnreadableError: it cannot be read, or is not what was written.
     """
     data = store.read(where)
     try:
@@ -146,9 +154,7 @@ def manifest_at(store: ObjectStore, where: str) -> Manifest:
         return manifest
     except (ValueError, TypeError) as error:
         said = _said(error) if isinstance(error, ValidationError) else error
-        raise CheckpointError(
-            f"{where} cannot be read ({said}); delete it to fall back to an older checkpoint"
-        ) from error
+        raise UnreadableError(f"{where} cannot be read ({said})") from error
 
 
 def _said(error: ValidationError) -> str:
@@ -210,9 +216,12 @@ def lineage(store: ObjectStore, run_url: str, manifest: Manifest) -> list[Manife
     while (parent := line[-1].parent) is not None:
         folder = join(checkpoints_url(run_url), parent)
         try:
-            line.append(manifest_at(store, join(folder, MANIFEST_NAME)))
-        except ObjectMissingError:
-            line.append(manifest_at(store, join(folder, HISTORY_NAME)))
+            try:
+                line.append(manifest_at(store, join(folder, MANIFEST_NAME)))
+            except ObjectMissingError:
+                line.append(manifest_at(store, join(folder, HISTORY_NAME)))
+        except UnreadableError as error:
+            raise CheckpointError(f"{error}; restore it: what was trained is said there") from error
     return line[::-1]
 
 
@@ -232,7 +241,7 @@ def check_files(store: ObjectStore, run_url: str, manifest: Manifest) -> None:
         if found != size:
             raise DamagedError(
                 f"{join(base, name)} {'is missing' if found is None else f'has {found} bytes'}, "
-                f"its manifest names {size} bytes; {_instead(store, run_url, manifest)}"
+                f"its manifest names {size} bytes; {_instead(store, run_url, manifest.step)}"
             )
 
 
@@ -253,20 +262,20 @@ def read_file(store: ObjectStore, run_url: str, manifest: Manifest, name: str) -
     except ObjectMissingError as error:
         raise DamagedError(
             f"{where} is missing, although its manifest names it; "
-            f"{_instead(store, run_url, manifest)}"
+            f"{_instead(store, run_url, manifest.step)}"
         ) from error
     size, digest = manifest.files[name]
     if len(data) != size or hashlib.sha256(data).hexdigest() != digest:
         raise DamagedError(
             f"{where} is damaged: {len(data)} bytes, not the {size} bytes with SHA-256 {digest} "
-            f"that its manifest names; {_instead(store, run_url, manifest)}"
+            f"that its manifest names; {_instead(store, run_url, manifest.step)}"
         )
     return data
 
 
-def _instead(store: ObjectStore, run_url: str, manifest: Manifest) -> str:
+def _instead(store: ObjectStore, run_url: str, step: int) -> str:
     """What to use in place of a damaged checkpoint."""
-    older = [step for step in complete_steps(store, run_url) if step < manifest.step]
+    older = [other for other in complete_steps(store, run_url) if other < step]
     if not older:
         return "restore it: there is no older complete checkpoint"
     return f"restore it, or go back to the next older complete one: --from-step {older[-1]}"
@@ -297,7 +306,7 @@ def read_tensors(
     except (PiecesError, SafetensorError) as error:
         raise DamagedError(
             f"the {kind} of checkpoint {manifest.name} of {run_url} cannot be used: {error}; "
-            f"{_instead(store, run_url, manifest)}"
+            f"{_instead(store, run_url, manifest.step)}"
         ) from error
 
 

@@ -86,6 +86,7 @@ def plan_memory(sizes: ModelSizes, engine: EngineConfig, plan: RunPlan) -> dict[
         "average": 4 * own,
         "backbone": digits * frozen,
         "backbone, gathered": digits * gathered,
+        "checkpoint": 16 * -(-P // N),  # the rank's part of weights, average and moments, copied
     }
     gradients = digits * (P if stage < 2 else own)
     bucket = digits * min(P, BUCKET_NUMBERS)
@@ -112,7 +113,7 @@ def in_host_memory(engine: EngineConfig) -> set[str]:
     """The parts that do not lie on the GPU, where the run has one."""
     optimizer = {"optimizer", "average", "gradients, copied"} if engine.offload_optimizer else set()
     backbone = {"backbone"} if engine.backbone == "offloaded" else set()
-    return {"data"} | optimizer | backbone
+    return {"data", "checkpoint"} | optimizer | backbone
 
 
 def plan_data(config: RunConfig, index: ShardIndex, plan: RunPlan) -> int:

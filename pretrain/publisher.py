@@ -27,6 +27,7 @@ from pretrain.checkpoint import (
     MANIFEST_NAME,
     CheckpointError,
     Manifest,
+    UnreadableError,
     checkpoints_url,
     complete_steps,
     manifest_at,
@@ -72,13 +73,7 @@ class Publisher:
         self._uploads = UploadProcess(store)
         self._thread: threading.Thread | None = None
         self._outcome: Manifest | Exception | None = None
-        self._attempt = str(from_first_rank(uuid.uuid4().hex))
-        if world.is_first:
-            store.write(self._attempt_url, to_json({"attempt": self._attempt}))
-
-    @property
-    def _attempt_url(self) -> str:
-        return join(checkpoints_url(self._run_url), _ATTEMPT_NAME)
+        self._attempt = str(from_first_rank(claim(store, run_url) if world.is_first else None))
 
     def start(self, manifest: Manifest, files: Iterable[File]) -> None:
         """Begin to publish; returns at once. Call it on every rank, after `settle`.
@@ -126,7 +121,7 @@ class Publisher:
     def _work(self, manifest: Manifest, files: list[File]) -> None:
         try:
             until = time.monotonic() + self._deadline_seconds
-            self._upload(manifest, files)
+            self._upload(manifest, files, until)
             if self._world.is_first:
                 manifest = replace(manifest, files=self._everything(manifest, until))
                 self._commit(manifest)
@@ -140,19 +135,30 @@ class Publisher:
             else:
                 _log.warning("old checkpoints could not be thinned out: %s", error)
 
-    def _upload(self, manifest: Manifest, files: list[File]) -> None:
+    def _upload(self, manifest: Manifest, files: list[File], until: float) -> None:
         where = parts_url(self._run_url, manifest)
         listing = {}
         while files:
             name, content = files.pop(0)  # and with it, what was uploaded before is forgotten
-            listing[name] = self._send(content, join(where, name))
+            listing[name] = self._send(content, join(where, name), until)
+            if time.monotonic() > until:
+                raise self._late(manifest, f"rank {self._world.rank}'s part")
         self._store.write(join(where, _listing_name(self._world.rank)), to_json(listing))
 
-    def _send(self, content: bytes | MemoryFile, url: str) -> tuple[int, str]:
+    def _late(self, manifest: Manifest, what: str) -> CheckpointError:
+        return CheckpointError(
+            f"{manifest.name} is not published: {what} had not arrived below "
+            f"{parts_url(self._run_url, manifest)} after {self._deadline_seconds:g} s "
+            f"(train.publish_deadline_seconds)"
+        )
+
+    def _send(self, content: bytes | MemoryFile, url: str, until: float) -> tuple[int, str]:
         """Size and SHA-256 of what is in the store now."""
         if isinstance(content, MemoryFile):
             if len(content.bytes) > _LARGE_BYTES:
-                return len(content.bytes), self._uploads.upload(content, url)
+                left = max(0.0, until - time.monotonic())
+                digest = self._uploads.upload(content, url, deadline_seconds=left)
+                return len(content.bytes), digest
             content = bytes(content.bytes)
         self._store.write(url, content)
         return len(content), hashlib.sha256(content).hexdigest()
@@ -164,10 +170,7 @@ class Publisher:
         while wanted - (there := {i.url: i.size_bytes for i in self._store.list(where)}).keys():
             if time.monotonic() > until:
                 late = sorted(url.rpartition("/")[2] for url in wanted - there.keys())
-                raise CheckpointError(
-                    f"{manifest.name} is not published: {', '.join(late)} had not arrived below "
-                    f"{where} after {self._deadline_seconds:g} s (train.publish_deadline_seconds)"
-                )
+                raise self._late(manifest, ", ".join(late))
             time.sleep(_POLL_SECONDS)
         files: dict[str, tuple[int, str]] = {}
         for url in sorted(wanted):
@@ -182,10 +185,10 @@ class Publisher:
         return files
 
     def _commit(self, manifest: Manifest) -> None:
-        if self._current_attempt() != self._attempt:
+        if (current := self._current_attempt()) != self._attempt:
             raise SupersededError(
-                f"another attempt of the run at {self._run_url} has started: {manifest.name} of "
-                f"this one is not published"
+                f"another attempt of the run at {self._run_url} has started ({_ATTEMPT_NAME} "
+                f"there is now {current}): {manifest.name} of this one is not published"
             )
         where = join(checkpoints_url(self._run_url), manifest.name, MANIFEST_NAME)
         if self._store.exists(where):
@@ -197,12 +200,16 @@ class Publisher:
         latest = join(checkpoints_url(self._run_url), "latest.json")
         self._store.write(latest, to_json({"name": manifest.name}))
 
-    def _current_attempt(self) -> str | None:
-        """Who may publish, as the store says."""
+    def _current_attempt(self) -> str:
+        """Who may publish, as the store says; or what is there instead."""
         try:
-            return json.loads(self._store.read(self._attempt_url))["attempt"]
+            said = self._store.read(_attempt_url(self._run_url))
         except ObjectMissingError:
-            return None
+            return "missing"
+        try:
+            return str(json.loads(said)["attempt"])
+        except (ValueError, TypeError, LookupError):
+            return "damaged"
 
     # --- what is not kept -----------------------------------------------------------------------
 
@@ -218,11 +225,23 @@ class Publisher:
                 self._store.delete_prefix(join(parts_url(self._run_url, manifest), kind))
 
 
+def claim(store: ObjectStore, run_url: str) -> str:
+    """Say that a new attempt of the run has begun: from here on no earlier one publishes. Returns
+    its name."""
+    attempt = uuid.uuid4().hex
+    store.write(_attempt_url(run_url), to_json({"attempt": attempt}))
+    return attempt
+
+
+def _attempt_url(run_url: str) -> str:
+    return join(checkpoints_url(run_url), _ATTEMPT_NAME)
+
+
 def collect_orphans(store: ObjectStore, run_url: str) -> int:
     """Remove what belongs to no checkpoint: parts of attempts that did not get to their manifest,
     and the state in those that only have a history. Returns the number of objects.
 
-    Call it while nothing of the run is being published.
+    An earlier attempt that still publishes would lose what it is about to commit: `claim` first.
     """
     of_step: dict[str, list[str]] = defaultdict(list)
     base = checkpoints_url(run_url)
@@ -233,8 +252,11 @@ def collect_orphans(store: ObjectStore, run_url: str) -> int:
     removed = 0
     for name, entries in of_step.items():
         manifests = [entry for entry in entries if "/" not in entry and entry.endswith(".json")]
-        # One that cannot be read is an error here: its parts would be taken for orphans.
-        parts = {entry: manifest_at(store, join(base, name, entry)).parts for entry in manifests}
+        try:
+            parts = {e: manifest_at(store, join(base, name, e)).parts for e in manifests}
+        except UnreadableError as error:
+            _log.warning("%s; everything below %s stays", error, join(base, name))
+            continue  # its parts would be taken for orphans
         for below in _orphans(entries, parts):
             store.delete(join(base, name, below))
             removed += 1

@@ -1,6 +1,8 @@
 """Whether a run may go on from a checkpoint: which settings may differ, and which must not."""
 
+import json
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -89,15 +91,26 @@ def check_resumable(
         *_different("backbone's card", card_then, backbone_card_sha256),
     ]
     if different:
-        allowed = [key for key in settings if _is_one_of(key, MAY_BE_ALLOWED)]
-        also = (
-            f"say that it is meant ({_flags(allowed)}), " if len(allowed) == len(different) else ""
-        )
         raise CheckpointError(
             f"run {config.name!r} has a checkpoint at step {manifest.step} made with other "
-            f"settings: {'; '.join(sorted(different))}. Restore them, {also}give the run another "
-            f"name, or delete its folder{' (it is not trained yet)' if manifest.step == 0 else ''}."
+            f"settings: {'; '.join(sorted(different))}. "
+            f"{_remedy(manifest, list(settings), len(different))}"
         )
+
+
+def _remedy(manifest: Manifest, settings: Sequence[str], num_different: int) -> str:
+    """What to do about settings that differ, and about other things than settings."""
+    if "name" in settings:
+        return f"This is the folder of run {manifest.config['name']!r}: give the run its name back."
+    allowed = [key for key in settings if _is_one_of(key, MAY_BE_ALLOWED)]
+    otherwise = "give the run another name, or delete its folder"
+    if manifest.step == 0:
+        otherwise += " (it is not trained yet)"
+    if not allowed:
+        return f"Restore them, {otherwise}."
+    if len(allowed) == num_different:
+        return f"Restore them, say that it is meant ({_flags(allowed)}), {otherwise}."
+    return f"What is meant can be said ({_flags(allowed)}); restore all others, or {otherwise}."
 
 
 def check_allowed(allow_change: Sequence[str]) -> None:
@@ -105,10 +118,17 @@ def check_allowed(allow_change: Sequence[str]) -> None:
     for key in allow_change:
         if not _is_one_of(key, MAY_BE_ALLOWED):
             raise ValueError(
-                f"--allow-change {key} cannot be allowed: there is no such setting, or it may "
-                f"change anyway, or with another value it is another run. What can be allowed, "
+                f"--allow-change {key} cannot be allowed: {_why_not(key)}. What can be allowed, "
                 f"with all below it: {', '.join(MAY_BE_ALLOWED)}"
             )
+
+
+def _why_not(key: str) -> str:
+    if _is_one_of(key, MAY_CHANGE):
+        return "it may change without being allowed to"
+    if close := get_close_matches(key, MAY_BE_ALLOWED, 1):
+        return f"did you mean {close[0]}?"
+    return "there is no such setting, or with another value it is another run"
 
 
 def changed_settings(manifest: Manifest, config: RunConfig) -> list[str]:
@@ -132,7 +152,12 @@ def _differences(manifest: Manifest, config: RunConfig) -> dict[str, str]:
 
 
 def _different(what: str, before: Any, now: Any) -> list[str]:
-    return [] if before == now else [f"{what} was {before!r}, is {now!r}"]
+    """Values as they are written in a run file."""
+    return [] if before == now else [f"{what} was {_written(before)}, is {_written(now)}"]
+
+
+def _written(value: Any) -> str:
+    return repr(value) if isinstance(value, str) else json.dumps(value)
 
 
 def _is_one_of(key: str, names: Sequence[str]) -> bool:

@@ -44,18 +44,16 @@ def plan_run(train: TrainConfig, world_size: int) -> RunPlan:
         )
     share = train.global_batch // world_size
     micro_batch = max(n for n in range(1, min(share, train.max_micro_batch) + 1) if share % n == 0)
+    checkpoint_every_steps = max(1, round(train.checkpoint_every_images / train.global_batch))
+    kept_of = (train.keep_every_images or 0) // train.checkpoint_every_images  # one in so many
     return RunPlan(
         world_size=world_size,
         micro_batch=micro_batch,
         accumulation=share // micro_batch,
         total_steps=-(-train.total_images // train.global_batch),
-        checkpoint_every_steps=_steps(train.checkpoint_every_images, train),
-        keep_every_steps=train.keep_every_images and _steps(train.keep_every_images, train),
+        checkpoint_every_steps=checkpoint_every_steps,
+        keep_every_steps=checkpoint_every_steps * kept_of or None,
     )
-
-
-def _steps(images: int, train: TrainConfig) -> int:
-    return max(1, round(images / train.global_batch))
 
 
 def learning_rate(optimizer: OptimizerConfig, images: int, total_images: int) -> float:

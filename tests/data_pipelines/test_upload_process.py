@@ -41,7 +41,7 @@ def test_several_parts_arrive_as_they_were(
 ) -> None:
     for name in ("a", "b"):
         file = memory_file(40 * 2**20 + 1)
-        digest = uploads.upload(file, join(s3_url, name))
+        digest = uploads.upload(file, join(s3_url, name), deadline_seconds=60)
         arrived = store.read(join(s3_url, name))
         assert arrived == bytes(file.bytes)
         assert digest == hashlib.sha256(arrived).hexdigest()
@@ -52,39 +52,51 @@ def test_a_failed_upload_is_the_stores_error_and_the_next_one_works(
     uploads: UploadProcess, s3_url: str
 ) -> None:
     with pytest.raises(BucketMissingError, match="no-such-bucket"):
-        uploads.upload(memory_file(10), "s3://no-such-bucket/a")
-    uploads.upload(memory_file(10), join(s3_url, "a"))
+        uploads.upload(memory_file(10), "s3://no-such-bucket/a", deadline_seconds=60)
+    uploads.upload(memory_file(10), join(s3_url, "a"), deadline_seconds=60)
 
 
 def test_a_killed_process_is_said_and_replaced(
     uploads: UploadProcess, store: ObjectStore, s3_url: str
 ) -> None:
-    uploads.upload(memory_file(10), join(s3_url, "a"))
+    uploads.upload(memory_file(10), join(s3_url, "a"), deadline_seconds=60)
     children()[0].kill()
     with pytest.raises(StoreError, match=r"/b: the process that uploads ended with -9"):
-        uploads.upload(memory_file(10), join(s3_url, "b"))
-    uploads.upload(memory_file(11), join(s3_url, "b"))
+        uploads.upload(memory_file(10), join(s3_url, "b"), deadline_seconds=60)
+    uploads.upload(memory_file(11), join(s3_url, "b"), deadline_seconds=60)
     assert store.stat(join(s3_url, "b")).size_bytes == 11
+
+
+def test_an_upload_that_takes_too_long_is_given_up_and_the_next_one_works(
+    uploads: UploadProcess, s3_url: str
+) -> None:
+    uploads.upload(memory_file(10), join(s3_url, "a"), deadline_seconds=60)
+    [stopped] = children()
+    stopped.suspend()
+    with pytest.raises(StoreError, match=r"/b: not stored after 1 s, so given up"):
+        uploads.upload(memory_file(10), join(s3_url, "b"), deadline_seconds=1)
+    assert not stopped.is_running()
+    uploads.upload(memory_file(10), join(s3_url, "b"), deadline_seconds=60)
 
 
 def test_it_outlives_the_signals_that_a_whole_group_gets(
     uploads: UploadProcess, s3_url: str
 ) -> None:
-    uploads.upload(memory_file(10), join(s3_url, "a"))
+    uploads.upload(memory_file(10), join(s3_url, "a"), deadline_seconds=60)
     for told in (signal.SIGTERM, signal.SIGINT):
         children()[0].send_signal(told)
-    uploads.upload(memory_file(10), join(s3_url, "b"))
+    uploads.upload(memory_file(10), join(s3_url, "b"), deadline_seconds=60)
 
 
 def test_closing_ends_an_upload_that_hangs(victim: LocalS3) -> None:
     uploads = UploadProcess(ObjectStore(deadline_seconds=60))
     where = f"s3://{victim.bucket}/a"
-    uploads.upload(memory_file(10), where)
+    uploads.upload(memory_file(10), where, deadline_seconds=60)
     failures: list[StoreError] = []
 
     def hang() -> None:
         try:
-            uploads.upload(memory_file(10), where)
+            uploads.upload(memory_file(10), where, deadline_seconds=60)
         except StoreError as error:
             failures.append(error)
 
@@ -104,7 +116,7 @@ import sys, time
 from data_pipelines.object_store import ObjectStore
 from data_pipelines.upload_process import MemoryFile, UploadProcess
 uploads = UploadProcess(ObjectStore())
-uploads.upload(MemoryFile(10), sys.argv[1])
+uploads.upload(MemoryFile(10), sys.argv[1], deadline_seconds=60)
 print(uploads._process.pid, flush=True)
 time.sleep(60)
 """

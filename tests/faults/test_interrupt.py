@@ -101,12 +101,18 @@ def test_a_run_interrupted_on_relative_paths_leaves_no_process_and_resumes(tmp_p
 
     steps = checkpoint.complete_steps(STORE, folder)
     total = (steps[-1] + 2) * run.train.global_batch
-    again = start(tmp_path, *RELATIVE, f"train.total_images={total}")
+    orphan = Path(folder, "checkpoints", "step-00009999", "parts-of-nobody", "weights", "0")
+    orphan.parent.mkdir(parents=True)
+    orphan.write_bytes(b"left by an attempt that was killed")
+    rate = ("optimizer.learning_rate=2e-3", "--allow-change", "optimizer.learning_rate")
+    again = start(tmp_path, *RELATIVE, f"train.total_images={total}", *rate)
     output, errors = again.communicate(timeout=300)
     assert again.returncode == 0, errors
     assert f"{total} images" in output
     assert f"going on from step {steps[-1]}\n" in errors
     assert f"changed since then: train.total_images was 64000, is {total}\n" in errors
+    assert "changed since then: optimizer.learning_rate was 0.001, is 0.002\n" in errors
+    assert not orphan.exists()
     manifest = checkpoint.find(STORE, folder, None)
     positions = [p for p, _ in checkpoint.read_samples(STORE, folder, manifest)]
     assert positions == list(range(total))

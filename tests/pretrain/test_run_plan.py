@@ -93,10 +93,25 @@ def test_checkpoints_are_published_at_the_start_regularly_and_at_the_end():
     ]
     rare = plan_run(train(checkpoint_every_images=10**9), 1)
     assert [step for step in range(43) if rare.publishes_at(step)] == [0, 42]
-    kept = plan_run(train(keep_last=2, keep_every_images=10**9), 1)
-    assert (kept.keep_every_steps, plan.keep_every_steps) == (41_666_667, None)
     exact = RunPlan(1, 1, 1, total_steps=4, checkpoint_every_steps=2)
     assert [step for step in range(5) if exact.publishes_at(step)] == [0, 2, 4]
+
+
+@pytest.mark.parametrize("batch", [1, 24, 128, 256, 1024, 10**6])
+def test_what_is_kept_is_published_whatever_the_batch(batch: int):
+    every, keep = 250_000, 1_000_000
+    plan = plan_run(
+        train(
+            global_batch=batch,
+            total_images=10**8,
+            checkpoint_every_images=every,
+            keep_last=3,
+            keep_every_images=keep,
+        ),
+        1,
+    )
+    assert plan.keep_every_steps == 4 * plan.checkpoint_every_steps
+    assert plan_run(train(), 1).keep_every_steps is None
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 24])

@@ -5,6 +5,8 @@ import math
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,15 +25,17 @@ from data_pipelines.bad_samples import (
 )
 from data_pipelines.object_store import ObjectStore, join
 from data_pipelines.sample_stream import Batch
+from data_pipelines.shard_index import read_index
 from data_pipelines.tar_members import ShardMismatchError
-from pretrain import checkpoint
+from pretrain import checkpoint, train
 from pretrain.error_budget import ErrorBudget
 from pretrain.inputs import to_tensors
 from pretrain.position_noise import draw
-from pretrain.preflight import preflight, run_url
+from pretrain.preflight import preflight, run_url, sample_order
 from pretrain.progress import Progress
 from pretrain.replay import replay
-from pretrain.train import TrainingDivergedError, build_model, run
+from pretrain.run_plan import plan_run
+from pretrain.train import TrainingDivergedError, build_model, open_batches, run
 from pretrain.trained import load_diti, load_encoder
 from pretrain.world import World
 from tests.ranks import run_on_ranks
@@ -548,6 +552,111 @@ def test_a_step_that_is_replayed_has_the_loss_and_the_samples_of_the_run(tmp_pat
     assert {info.url for info in STORE.list(run_url(config))} == before, "it only reads"
     with pytest.raises(ValueError, match="the run has steps 1 to 4; there is no step 5"):
         replay(config, 5)
+
+
+def plain_run(config: RunConfig, world: World) -> tuple[list[float], dict[str, Tensor], ...]:
+    """What `run` should do, with nothing but torch: gradient norms, weights and average."""
+    torch.manual_seed(config.seed)
+    model, _ = build_model(config, STORE, torch.device("cpu"))
+    index = read_index(STORE, config.data.folders[0])
+    plan, optimizer = plan_run(config.train, 1), config.optimizer
+    order = sample_order(config, index)
+    batches = open_batches(STORE, index, order, config, plan, world, first_batch=0)
+    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    average = {name: p.detach().clone() for name, p in weights.items()}
+    adam = torch.optim.AdamW(
+        weights.values(), betas=optimizer.betas, weight_decay=optimizer.weight_decay
+    )
+    norms = []
+    for step in range(plan.total_steps):
+        seen = step * config.train.global_batch
+        warm = min(1, seen / optimizer.warmup_images)
+        adam.param_groups[0]["lr"] = warm * optimizer.learning_rate
+        for _ in range(plan.accumulation):
+            inputs = to_tensors(next(batches), config, model, torch.device("cpu"))
+            (model(*inputs).mean() / plan.accumulation).backward()
+        assert optimizer.clip_norm is not None
+        norms.append(torch.nn.utils.clip_grad_norm_(weights.values(), optimizer.clip_norm).item())
+        adam.step()
+        adam.zero_grad()
+        decay = config.train.ema_decay
+        for name, live in weights.items():
+            average[name] = decay * average[name] + (1 - decay) * live.detach()
+    batches.close()  # pyright: ignore[reportAttributeAccessIssue]
+    return norms, weights, average
+
+
+def flat(tensors: Mapping[str, Tensor], names: Iterable[str]) -> Tensor:
+    return torch.cat([tensors[name].detach().flatten() for name in names])
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_run_is_what_its_settings_say_in_plain_torch(tmp_path: Path, world: World, stage: int):
+    settings = (
+        "optimizer={learning_rate: 3e-3, betas: [0.8, 0.95], weight_decay: 0.1, clip_norm: 0.02, "
+        "warmup_images: 24}",
+        "train.ema_decay=0.7",
+        "train.total_images=48",
+        "train.max_micro_batch=4",
+        f"engine.zero_stage={stage}",
+    )
+    config = make_run(STORE, str(tmp_path), *SHORT, *settings)
+    norms, weights, average = plain_run(config, world)
+    manifest = run(config, local_dir=tmp_path)
+    lines = checkpoint.read_metrics(STORE, run_url(config), manifest)
+    assert min(norms) > 0.02, "clipping changes something"
+    assert [line["gradient_norm"] for line in lines] == pytest.approx(norms, rel=1e-4)
+    rates = [line["learning_rate"] for line in lines]
+    assert rates == pytest.approx([0, 1e-3, 2e-3, 3e-3, 3e-3, 3e-3])
+    start = flat(tensors(config, 0), weights)
+    for ema, expected in ((False, weights), (True, average)):
+        moved = flat(expected, weights) - start
+        found = flat(tensors(config, None, ema=ema), weights) - start
+        # Adam divides by what a gradient usually is, so the digits of tiny ones count as much.
+        assert (found - moved).norm() < 2e-3 * moved.norm()
+
+
+def test_only_the_newest_checkpoints_stay_whole_and_of_the_others_no_tensor(tmp_path: Path):
+    kept = ("train.keep_last=1", "train.keep_every_images=32", "train.total_images=48")
+    config = make_run(STORE, str(tmp_path), *SHORT, *kept)
+    manifest = run(config, local_dir=tmp_path)
+    assert checkpoint.complete_steps(STORE, run_url(config)) == [0, 4, 6]
+    thinned = [info.url for info in STORE.list(join(run_url(config), "checkpoints/step-00000002"))]
+    assert {url.rpartition("/")[2] for url in thinned} == {
+        *("HISTORY.json", "files-00000.json", "samples-00000.tsv", "metrics.jsonl", "run.yaml")
+    }
+    samples = checkpoint.read_samples(STORE, run_url(config), manifest)
+    assert [position for position, _ in samples] == list(range(48))
+
+
+def test_a_setting_that_is_allowed_to_change_changes_in_runs_and_replays(tmp_path: Path):
+    before = make_run(STORE, str(tmp_path), *SHORT)
+    run(before, local_dir=tmp_path)
+    longer = ("train.total_images=48", "optimizer.learning_rate=3e-3")
+    config = make_run(STORE, str(tmp_path), *SHORT, *longer)
+    for refused in (run_it := partial(run, local_dir=tmp_path), partial(replay, step=5)):
+        with pytest.raises(checkpoint.CheckpointError, match=r"--allow-change optimizer\.learning"):
+            refused(config)
+    again = run_it(config, allow_change=["optimizer"])
+    lines = checkpoint.read_metrics(STORE, run_url(config), again)
+    assert [line["learning_rate"] for line in lines] == [1e-3] * 4 + [3e-3] * 2
+    shorter = make_run(STORE, str(tmp_path), *SHORT, "train.total_images=48")
+    assert replay(shorter, 6, allow_change=["optimizer"]).gradient_norm > 0
+
+
+def test_a_loss_that_jumps_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    config = make_run(STORE, str(tmp_path), *SHORT, "train.total_images=240")
+
+    def spoiled(batch: Batch, *rest: object) -> tuple[Tensor, ...]:
+        images, t, noise = to_tensors(batch, *rest)  # pyright: ignore[reportArgumentType]
+        return images, t, 30 * noise if batch.positions[0] >= 29 * 8 else noise
+
+    monkeypatch.setattr(train, "to_tensors", spoiled)
+    run(config, local_dir=tmp_path)
+    assert "up to step 30 is" in caplog.text
+    assert "times the usual one" in caplog.text
 
 
 def test_a_window_says_where_its_time_went_and_what_share_of_the_peak_it_reached(tmp_path: Path):
