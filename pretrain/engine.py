@@ -11,6 +11,7 @@ import ctypes
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,6 +25,9 @@ from pretrain.pieces import Piece
 from pretrain.run_plan import RunPlan
 from pretrain.step_clock import Clock, timed, untimed
 from pretrain.world import World
+
+# DeepSpeed calls collectives by names that torch warns about, on every rank and in every run.
+warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
 
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """Attributes of DeepSpeed's dynamic loss scaler that its next steps depend on; stage 0's has no

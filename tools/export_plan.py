@@ -71,7 +71,7 @@ def look_ahead_to_export(
     """
     if not isinstance(config.task, DitiTask):
         raise ValueError(
-            f"task.kind is {config.task.kind!r}; only a DiTi run has features to be exported"
+            f"task.kind is {config.task.kind!r}; only the export of a DiTi run is planned"
         )
     shards = -(-images // ROWS_PER_SHARD)
     per_worker = -(-shards // workers)

@@ -152,7 +152,8 @@ def say_start(found: Preflight) -> None:
 def training_bar(
     label: str, total_images: int
 ) -> Iterator[Callable[[Mapping[int, RankProgress]], None]]:
-    """A bar over a run: images/s, loss, worst data wait, newest checkpoint; restarts in a line."""
+    """A bar over a run: images/s, loss, the worst rank's waiting for data and for other ranks, the
+    share of the machine's peak, the newest checkpoint; restarts in a line."""
     with progress_bar(label, total_images) as update:
         update(0, "starting workers")
         pids: dict[int, int] = {}
@@ -169,10 +170,12 @@ def training_bar(
             pids.update(now)
             slowest = min(ranks.values(), key=lambda rank: rank.step)
             hungry = max(ranks.values(), key=lambda rank: rank.data_wait_share)
+            talking = max((rank.shares or {}).get("communication", 0) for rank in ranks.values())
             update(
                 slowest.images,
                 f"{slowest.images_per_second:.0f} images/s  loss {slowest.loss:.4f}  "
-                f"data wait {hungry.data_wait_share:.0%}  checkpoint {slowest.checkpoint_step}"
+                f"data wait {hungry.data_wait_share:.0%}  communication {talking:.0%}  "
+                f"{slowest.peak_share:.0%} of peak  checkpoint at step {slowest.checkpoint_step}"
                 + (f"  bad samples {slowest.bad_samples}" if slowest.bad_samples else "")
                 + (f"  {hungry.hint}" if hungry.hint else ""),
             )

@@ -152,7 +152,14 @@ def test_simsiam_lets_no_gradient_through_its_targets() -> None:
     torch.testing.assert_close(whole, again, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["vae", "masked", "simclr", "simsiam"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("vae", "masked")),
+        "simclr",
+        "simsiam",
+    ],
+)
 def test_every_baseline_trains_resumes_and_leaves_an_encoder(tmp_path: Path, kind: str) -> None:
     task = f"task={{kind: {kind}, encoder: {ENCODER}}}"
     settings = ("train.global_batch=16", "optimizer.learning_rate=1e-3")
@@ -216,6 +223,7 @@ def test_it_learns_what_it_is_told_and_is_an_encoder_as_any_other(tmp_path: Path
     assert {sample.timestep for sample in again.samples} == {None}
 
 
+@pytest.mark.slow
 def test_two_ranks_follow_one(tmp_path: Path) -> None:
     curves = []
     for workers, stage in ((1, 0), (2, 3)):

@@ -634,7 +634,8 @@ def test_a_rank_that_cannot_send_its_own_part_in_time_gives_it_up(run: Run):
     large = MemoryFile(17 * 2**20)
     publisher.start(make_manifest(1), [("weights/0", large)])
     assert isinstance(publisher.settle(wait=True), Manifest)
-    [child] = psutil.Process().children()
+    everyone = psutil.Process().children()
+    [child] = [each for each in everyone if "data_pipelines.upload_process" in each.cmdline()]
     child.suspend()
     begun = time.monotonic()
     publisher.start(make_manifest(2), [("weights/0", large)])

@@ -56,12 +56,12 @@ def micro_batches(step: int) -> list[tuple[torch.Tensor, ...]]:
         drawn = draw(
             positions,
             seed=0,
-            timesteps=uniform_timesteps(0, 200, 1000),
             global_batch=8,
             image_shape=(3, 32, 32),
         )
         noise = drawn.noise_BCHW.to(DEVICE)
-        batches.append((noise.flip(0).clamp(-1, 1), drawn.t_B.to(DEVICE), noise))
+        t_B = torch.from_numpy(uniform_timesteps(0, 200, 1000).quantile(drawn.place_B))
+        batches.append((noise.flip(0).clamp(-1, 1), t_B.to(DEVICE), noise))
     return batches
 
 
