@@ -54,7 +54,7 @@ def test_without_a_rate_the_encoder_is_timed_here() -> None:
 @pytest.mark.parametrize(
     ("recipe", "options", "message"),
     [
-        ("avatars32_backbone", ("--export",), "only a DiTi run has features"),
+        ("avatars32_backbone", ("--export",), "only the export of a DiTi run is planned"),
         ("demo", ("--images", "5"), "belong to --export"),
         ("demo", ("--images-per-second", "5"), "belong to --export"),
     ],
