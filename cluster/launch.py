@@ -85,9 +85,9 @@ def launch_training(
     config = with_absolute_paths(config)
     store = open_store(config)
     found = preflight(config, config.cluster.num_workers, allow_change, from_step)
-    if from_step is not None:  # only once nothing is left to be refused
+    claim(store, run_url(config))  # only once nothing is left to be refused
+    if from_step is not None:
         checkpoint.go_back(store, run_url(config), from_step)
-    claim(store, run_url(config))
     collect_orphans(store, run_url(config))
     on_start(found)
     if found.is_done:

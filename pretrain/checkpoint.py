@@ -214,15 +214,18 @@ def lineage(store: ObjectStore, run_url: str, manifest: Manifest) -> list[Manife
     """The checkpoints that led to this one, oldest first, itself last."""
     line = [manifest]
     while (parent := line[-1].parent) is not None:
-        folder = join(checkpoints_url(run_url), parent)
         try:
-            try:
-                line.append(manifest_at(store, join(folder, MANIFEST_NAME)))
-            except ObjectMissingError:
-                line.append(manifest_at(store, join(folder, HISTORY_NAME)))
+            line.append(_whole_or_history(store, join(checkpoints_url(run_url), parent)))
         except UnreadableError as error:
             raise CheckpointError(f"{error}; restore it: what was trained is said there") from error
     return line[::-1]
+
+
+def _whole_or_history(store: ObjectStore, folder: str) -> Manifest:
+    try:
+        return manifest_at(store, join(folder, MANIFEST_NAME))
+    except ObjectMissingError:
+        return manifest_at(store, join(folder, HISTORY_NAME))
 
 
 # --- what is in one -------------------------------------------------------------------------------
