@@ -1,6 +1,8 @@
 """A proxy in front of an S3 server: meets a request with a fault, and counts what comes back."""
 
+import os
 import re
+import signal
 import socket
 import threading
 from collections.abc import Callable
@@ -15,12 +17,12 @@ class FaultyProxy:
     """Forwards to the real server; the first request that matches `on` meets `fault`, once.
 
     fault: "reset" the connection, answer 503 "SlowDown" or 500, "cut" the answer short, "lose" the
-    answer after the server has acted, "replace" it by NoSuchUpload, or a callable to run before
-    the request goes on.
+    answer after the server has acted, "replace" it by NoSuchUpload, "freeze" the server in
+    the middle of it, or a callable to run before the request goes on.
     """
 
     def __init__(self, target: LocalS3, on: bytes, fault: str | Callable[[], object]) -> None:
-        self._port, self._on, self._fault = target.ports["s3"], re.compile(on), fault
+        self._target, self._on, self._fault = target, re.compile(on), fault
         self.faults_met, self.bytes_down = 0, 0
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
@@ -33,7 +35,7 @@ class FaultyProxy:
         with suppress(OSError):
             while True:
                 client = self._listener.accept()[0]
-                server = socket.create_connection(("127.0.0.1", self._port))
+                server = socket.create_connection(("127.0.0.1", self._target.ports["s3"]))
                 threading.Thread(target=self._serve, args=(client, server), daemon=True).start()
 
     def _serve(self, client: socket.socket, server: socket.socket) -> None:
@@ -47,7 +49,7 @@ class FaultyProxy:
                     self.faults_met += 1
                     if callable(self._fault):
                         self._fault()
-                    elif self._fault in ("cut", "lose", "replace"):
+                    elif self._fault in ("cut", "lose", "replace", "freeze"):
                         withheld.append(self._fault)
                     else:
                         client.sendall(ANSWERS[self._fault])
@@ -60,8 +62,14 @@ class FaultyProxy:
     def _down(self, server: socket.socket, client: socket.socket, withheld: list[str]) -> None:
         with suppress(OSError):
             while chunk := server.recv(_CHUNK_BYTES):
-                if withheld and not chunk.startswith(b"HTTP/1.1 100"):
-                    half = chunk[: len(chunk) // 2]
+                half = chunk[: len(chunk) // 2]
+                if withheld == ["freeze"]:
+                    if not chunk.startswith(b"HTTP/1.1"):  # past the head, so in the body
+                        os.kill(self._target.pid, signal.SIGSTOP)
+                        self.bytes_down += len(half)
+                        client.sendall(half)
+                        return  # and the connection stays open
+                elif withheld and not chunk.startswith(b"HTTP/1.1 100"):
                     client.sendall({"cut": half, "lose": b"", "replace": GONE}[withheld[0]])
                     break
                 self.bytes_down += len(chunk)

@@ -18,6 +18,8 @@ from importlib import resources
 from pathlib import Path
 from statistics import mean
 
+import torch
+
 from cluster.export import export_features
 from cluster.launch import launch_training
 from cluster.session import ray_session
@@ -36,7 +38,6 @@ from tools.few_shot import FewShotResult, Shortcut
 RECIPE = "avatars32_diti.yaml"
 RESULTS = Path(__file__).parent / "results" / "method_quality"
 COUNTS: dict[Split, int] = {"train": 49_152, "val": 4_096, "test": 4_096}
-WORKERS = 2
 SHORTCUT = Shortcut("dark_background", 1.0)
 
 _ONE_SUBSET = "task.partition={kind: published, num_subsets: 1}"
@@ -117,12 +118,12 @@ class Result:
     """The same by the subset that is best in the mean over the numbers of shots."""
 
 
-def run_row(folder: Path, row: str, seed: int) -> Result:
-    """Train, export, probe; goes on with what is there."""
-    config = config_of(folder, row, seed)
+def run_row(folder: Path, row: str, seed: int, *, use_gpu: bool = False) -> Result:
+    """Train, export, probe; goes on with what is there. Two ranks on cores, or one on a GPU."""
+    config = config_of(folder, row, seed, use_gpu=use_gpu)
     store = ObjectStore()
     make_splits(store, str(folder / "avatars"), COUNTS)
-    with ray_session(num_cpus=WORKERS):
+    with ray_session(num_cpus=config.cluster.num_workers, num_gpus=int(use_gpu)):
         launch_training(config, local_dir=(folder / "local").resolve())
         steps = checkpoint.complete_steps(store, run_url(config))
         for step in steps:
@@ -140,11 +141,12 @@ def run_row(folder: Path, row: str, seed: int) -> Result:
     return Result(
         row=row,
         seed=seed,
-        command=f"python -m tools.benchmarks.method_quality {row} --seed {seed}",
+        command=f"python -m tools.benchmarks.method_quality {row} --seed {seed}"
+        + " --use-gpu" * use_gpu,
         commit=_git("rev-parse", "--short", "HEAD"),
         config_digest=digest_of_config(config),
         date=datetime.now(UTC).date().isoformat(),
-        machine=f"{os.cpu_count()} cores, {_processor()}",
+        machine=_machine(use_gpu),
         images_per_second=sorted(speeds)[len(speeds) // 2],
         curve=[_precision(probe[0], step * batch) for step, probe in probes.items()],
         pixels=_precision(pixels, 0),
@@ -155,12 +157,13 @@ def run_row(folder: Path, row: str, seed: int) -> Result:
     )
 
 
-def config_of(folder: Path, row: str, seed: int) -> RunConfig:
+def config_of(folder: Path, row: str, seed: int, *, use_gpu: bool = False) -> RunConfig:
     """The run of a row. Raises ConfigError."""
     text = (resources.files("configs") / "runs" / RECIPE).read_text()
     places = (f"output={folder / 'runs'}", f"data.shards={folder / 'avatars' / 'train'}")
+    gpu = ("cluster.use_gpu=true", "cluster.num_workers=1") if use_gpu else ()
     own = (f"name={row}-{seed}", f"seed={seed}", *ROWS[row])
-    return parse_run(text, (*places, *own), source=RECIPE)
+    return parse_run(text, (*places, *gpu, *own), source=RECIPE)
 
 
 def digest_of_config(config: RunConfig) -> str:
@@ -180,7 +183,8 @@ def _export(store: ObjectStore, config: RunConfig, folder: Path, split: Split, s
         step=step,
         shards_url=str(folder / "avatars" / split),
         out_url=_features_url(config, split, step),
-        num_workers=WORKERS,
+        num_workers=config.cluster.num_workers,
+        use_gpu=config.cluster.use_gpu,
     )
 
 
@@ -224,6 +228,11 @@ def _precision(probe: ProbeResult, images: int) -> Precision:
     return Precision(images, probe.mean, by)
 
 
+def _machine(use_gpu: bool) -> str:
+    cores = f"{os.cpu_count()} cores, {_processor()}"
+    return f"{torch.cuda.get_device_name()}, {cores}" if use_gpu else cores
+
+
 def _processor() -> str:
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
@@ -254,6 +263,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train and probe rows of the table of methods.")
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}")
     parser.add_argument("--seed", type=int, default=0, help="of the run (default 0)")
+    parser.add_argument("--use-gpu", action="store_true", help="train and export on a GPU")
     parser.add_argument(
         "--folder", type=Path, default=Path("runs/quality"), help="data and runs (runs/quality)"
     )
@@ -266,7 +276,7 @@ def main() -> None:
         if file.exists():
             print(f"{file} is there already")
             continue
-        result = run_row(folder, row, args.seed)
+        result = run_row(folder, row, args.seed, use_gpu=args.use_gpu)
         RESULTS.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(asdict(result), indent=1) + "\n")
         print(f"{row}: {result.curve[-1].all:.3f}, written to {file}", flush=True)
