@@ -28,7 +28,7 @@ demo: setup
 	@$(BIN)/diti demo
 
 test: setup
-	@$(BIN)/python -m pytest -m "not gpu and not slow and not faults"
+	@$(BIN)/python -m pytest -m "not gpu and not slow and not faults" -n 2 --dist loadfile --no-loadscope-reorder
 
 check: setup
 	@$(BIN)/ruff check .

@@ -59,6 +59,7 @@ class ShardCoordinator:
         self._keeps_results = work is not None and work.out_url is None
         self._results: dict[str, Any] = {}
         self._stop_asked = False
+        self._failures: list[str] = []
 
     def index(self) -> ShardIndex:
         """The shard index, so that ranks need not read it from storage one by one."""
@@ -88,6 +89,14 @@ class ShardCoordinator:
 
     def stop_asked(self) -> bool:
         return self._stop_asked
+
+    def failed(self, why: str) -> None:
+        """Workers have failed and are started again."""
+        self._failures.append(why)
+
+    def failures(self) -> list[str]:
+        """Each failure so far, oldest first."""
+        return list(self._failures)
 
     def lease(self, worker: str) -> str | None:
         """The next item to work on, or None when nothing is waiting."""

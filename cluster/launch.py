@@ -17,12 +17,12 @@ from ray.train import FailureConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
+from ray.train.v2._internal.execution.failure_handling.failure_policy import FailureDecision
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from cluster.coordinator import NAMESPACE, start_coordinator
 from cluster.session import interrupts_raised, last_line, ray_session, result_of
-from configs.loading import digest
 from configs.schema import RunConfig
 from configs.task import DitiTask
 from data_pipelines.bad_samples import TooManyBadSamplesError
@@ -68,6 +68,9 @@ def launch_training(
     A worker that dies takes the group with it; Ray starts the group again, up to
     `cluster.max_failures` times, and `pretrain.train.run` goes on from the last checkpoint.
 
+    A second start of a run ends the first: that publishes nothing any more. A damaged checkpoint
+    ends the run, or is set aside where `train.if_damaged` says so.
+
     Args:
         local_dir: folder on every node for wandb's and Ray's own files.
         from_step: go back to this complete checkpoint; later ones are superseded.
@@ -79,41 +82,62 @@ def launch_training(
 
     Raises:
         ValueError, OSError: refused before start, see `pretrain.preflight`.
+        DamagedError: the checkpoint to go on from is not what was published.
         RunFailedError: the run failed more often than it may, or for good.
         RunStoppedError: SIGTERM, or somebody through the coordinator, has asked it to stop.
     """
     config = with_absolute_paths(config)
     store = open_store(config)
-    found = preflight(config, config.cluster.num_workers, allow_change, from_step)
-    claim(store, run_url(config))  # only once nothing is left to be refused
-    if from_step is not None:
-        checkpoint.go_back(store, run_url(config), from_step)
-    collect_orphans(store, run_url(config))
-    on_start(found)
-    if found.is_done:
-        return checkpoint.find(store, run_url(config), None)
-    cluster = config.cluster
+    while True:
+        try:
+            found = preflight(config, config.cluster.num_workers, allow_change, from_step)
+            on_start(found)
+            if found.is_done:
+                return checkpoint.find(store, run_url(config), None)
+            return _train(config, found, local_dir, from_step, allow_change, on_progress)
+        except checkpoint.DamagedError as error:
+            older = checkpoint.next_older(store, run_url(config), from_step)
+            if config.train.if_damaged == "stop" or older is None:
+                raise
+            _log.warning("%s. Going back to step %d (train.if_damaged).", error, older)
+            from_step = older
+
+
+def _train(
+    config: RunConfig,
+    found: Preflight,
+    local_dir: Path,
+    from_step: int | None,
+    allow_change: Sequence[str],
+    on_progress: Callable[[Mapping[int, Progress]], None],
+) -> checkpoint.Manifest:
+    store, cluster = open_store(config), config.cluster
     with ray_session(
         num_cpus=cluster.num_workers * cluster.cpus_per_worker,
         num_gpus=cluster.num_workers if cluster.use_gpu else 0,
     ):
-        coordinator = start_coordinator(_coordinator_name(config), store, config.data.folders)
+        attempt = claim(store, run_url(config))  # only now that nothing is left to be refused
+        if from_step is not None:
+            checkpoint.go_back(store, run_url(config), from_step)
+        collect_orphans(store, run_url(config))
+        name = f"coordinator-{config.name}-{attempt[:8]}"  # not that of an attempt still alive
+        coordinator = start_coordinator(name, store, config.data.folders)
         result_of(coordinator.index.remote())
         watch = _Watch(coordinator, config, on_progress)
         try:
             stopping = _stops_when_terminated(coordinator, config.cluster.stop_seconds)
             with interrupts_raised(signal.SIGINT), stopping:
-                _trainer(config, local_dir, allow_change).fit()
+                _trainer(config, local_dir, allow_change, name).fit()
             manifest = checkpoint.find(store, run_url(config), None)
         except (TrainingFailedError, StoreError) as error:
-            raise RunFailedError(_explain(config, error, watch.stalls)) from error
+            raise _explain(config, error, watch.stalls, from_step) from error
         finally:
             watch.ended.set()
             ray.kill(coordinator)
     if manifest.step < found.plan.total_steps:
         raise RunStoppedError(
-            f"run {config.name!r} was asked to stop: {manifest.name} is complete; run the same "
-            f"command again to go on"
+            f"run {config.name!r} was asked to stop: {manifest.name} is complete; "
+            f"{_again(from_step)} to go on"
         )
     return manifest
 
@@ -153,7 +177,9 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"output": absolute(config.output), "data": data, "task": task})
 
 
-def _trainer(config: RunConfig, local_dir: Path, allow_change: Sequence[str]) -> TorchTrainer:
+def _trainer(
+    config: RunConfig, local_dir: Path, allow_change: Sequence[str], coordinator_name: str
+) -> TorchTrainer:
     cluster = config.cluster
     for patience in ("COLLECTIVE_TIMEOUT_S", "WORKER_HEALTH_CHECK_TIMEOUT_S"):
         # Ray Train's own waiting; it would be for ever, and for ten minutes.
@@ -165,6 +191,7 @@ def _trainer(config: RunConfig, local_dir: Path, allow_change: Sequence[str]) ->
         "config": config.model_dump_json(),
         "local_dir": str(local_dir),
         "allow_change": list(allow_change),
+        "coordinator": coordinator_name,
     }
     return _Trainer(
         _train_on_worker,
@@ -195,10 +222,13 @@ class _Trainer(TorchTrainer):
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         assert self.run_config.failure_config is not None
-        arguments["failure_policy"] = _ForGood(self.run_config.failure_config)
+        assert self.train_loop_config is not None
+        arguments["failure_policy"] = _ForGood(
+            self.run_config.failure_config,
+            ray.get_actor(self.train_loop_config["coordinator"], namespace=NAMESPACE),
+        )
         policy = arguments["scaling_policy"]
         if isinstance(policy, ElasticScalingPolicy):
-            assert self.train_loop_config is not None
             config = RunConfig.model_validate_json(self.train_loop_config["config"])
             legal = legal_world_sizes(config.train.global_batch)
             arguments["scaling_policy"] = _LegalSizes(policy.scaling_config, legal)
@@ -206,7 +236,22 @@ class _Trainer(TorchTrainer):
 
 
 class _ForGood(DefaultFailurePolicy):
-    """A worker's error that a restart would only meet again, or must not undo, ends the run."""
+    """A worker's error that a restart would only meet again, or must not undo, ends the run. What
+    is worth a restart is told to the coordinator."""
+
+    def __init__(self, failure_config: FailureConfig, coordinator: Any) -> None:
+        super().__init__(failure_config)
+        self._coordinator = coordinator
+
+    def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
+        decision = super().make_decision(training_failed_error)
+        if decision == FailureDecision.RETRY:
+            causes = "; ".join(_causes(training_failed_error)) or last_line(training_failed_error)
+            self._coordinator.failed.remote(
+                f"{causes} (failure {self._worker_group_failures} of at most "
+                f"{self.failure_config.max_failures})"
+            )
+        return decision
 
     def _is_retryable_error(self, training_failed_error: TrainingFailedError) -> bool:
         failures = getattr(training_failed_error, "worker_failures", {}).values()
@@ -231,7 +276,7 @@ def _train_on_worker(arguments: dict[str, Any]) -> None:
     config = RunConfig.model_validate_json(arguments["config"])
     if not config.cluster.use_gpu:
         torch.set_num_threads(config.cluster.cpus_per_worker)
-    coordinator = ray.get_actor(_coordinator_name(config), namespace=NAMESPACE)
+    coordinator = ray.get_actor(arguments["coordinator"], namespace=NAMESPACE)
     run(
         config,
         local_dir=Path(arguments["local_dir"]),
@@ -262,7 +307,8 @@ def _asker(coordinator: Any) -> Callable[[], Wish]:
 
 
 class _Watch:
-    """Polls the coordinator from a thread: progress is handed on, ranks that stall are named."""
+    """Polls the coordinator from a thread: progress is handed on, ranks that stall or fail are
+    named."""
 
     def __init__(
         self,
@@ -273,6 +319,7 @@ class _Watch:
         self.ended = threading.Event()
         self.stalls: list[str] = []
         """The ranks that the others wait for, or were waiting for when all fell silent."""
+        self._failures_told = 0
         self._coordinator = coordinator
         self._after = config.cluster.stall_seconds / 2
         self._on_progress = on_progress
@@ -281,12 +328,16 @@ class _Watch:
     def _poll(self) -> None:
         while not self.ended.wait(POLL_SECONDS):
             try:
-                ranks, pulses = result_of(
-                    [self._coordinator.progress.remote(), self._coordinator.pulses.remote()],
+                actor = self._coordinator
+                ranks, pulses, failures = result_of(
+                    [actor.progress.remote(), actor.pulses.remote(), actor.failures.remote()],
                     timeout_seconds=10 * POLL_SECONDS,
                 )
             except RayError:
                 continue  # the actor is being restarted, or the session is closing
+            for failure in failures[self._failures_told :]:
+                _log.warning("workers are started again: %s", failure)
+            self._failures_told = len(failures)
             if ranks and not self.ended.is_set():
                 self._on_progress(ranks)
             found = stalled(pulses, self._after)
@@ -295,25 +346,37 @@ class _Watch:
             self.stalls = self.stalls if found is None else found
 
 
-def _coordinator_name(config: RunConfig) -> str:
-    return f"coordinator-{config.name}-{digest(config)[:8]}"
-
-
-def _explain(config: RunConfig, error: Exception, stalls: Sequence[str]) -> str:
-    """One line: what failed first on which rank, and where the run can go on from."""
+def _causes(error: Exception) -> list[str]:
+    """What each rank that failed has said last."""
     failures = getattr(error, "worker_failures", {})
-    causes = [f"rank {rank}: {last_line(cause)}" for rank, cause in sorted(failures.items())]
-    reason = ("; ".join([*stalls, *causes]) or last_line(error)).rstrip(".")
-    if any(isinstance(cause, checkpoint.DamagedError) for cause in failures.values()):
-        return f"run {config.name!r} failed: {reason}."  # which says where to go on from
+    return [f"rank {rank}: {last_line(cause)}" for rank, cause in sorted(failures.items())]
+
+
+def _explain(
+    config: RunConfig, error: Exception, stalls: Sequence[str], from_step: int | None
+) -> Exception:
+    """In one line: what failed first on which rank, and where the run can go on from."""
+    failures = getattr(error, "worker_failures", {})
+    for cause in failures.values():
+        if isinstance(cause, checkpoint.DamagedError):
+            return checkpoint.DamagedError(last_line(cause))
+        if isinstance(cause, FOR_GOOD):  # it says itself what can be done
+            return RunFailedError(f"run {config.name!r} failed: {last_line(cause)}")
+    reason = ("; ".join([*stalls, *_causes(error)]) or last_line(error)).rstrip(".")
     try:
         newest = checkpoint.newest(open_store(config), run_url(config))
         kept = f"step {newest.step}" if newest else ""
     except (StoreError, checkpoint.CheckpointError) as unreadable:
         kept = f"unknown ({unreadable})"
     goes_on = (
-        f"Newest complete checkpoint: {kept}; run the same command again to go on from it."
+        f"Newest complete checkpoint: {kept}; {_again(from_step)} to go on from it."
         if kept
-        else "No checkpoint is complete yet: mend the cause, and run the same command again."
+        else f"No checkpoint is complete yet: mend the cause, and {_again(from_step)}."
     )
-    return f"run {config.name!r} failed: {reason}. {goes_on}"
+    return RunFailedError(f"run {config.name!r} failed: {reason}. {goes_on}")
+
+
+def _again(from_step: int | None) -> str:
+    """How a run is continued; a second `--from-step` would go back a second time."""
+    without = "" if from_step is None else " without --from-step"
+    return f"run the same command again{without}"

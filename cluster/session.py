@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+REACH_SECONDS = 10.0
 _log = logging.getLogger(__name__)
 
 
@@ -71,6 +73,15 @@ def _start(num_cpus: int) -> None:
     # "local": without it Ray joins whatever cluster this machine last started, running or dead.
     local = {"address": "local", "num_cpus": num_cpus, "include_dashboard": False}
     where = {} if "RAY_ADDRESS" in os.environ else local
+    cores = os.cpu_count() or 1
+    if where and num_cpus > cores:
+        _log.warning(
+            "%d cores are asked for and this machine has %d: they take turns, and starting takes "
+            "as many times longer",
+            num_cpus,
+            cores,
+        )
+    _check_reachable(os.environ.get("RAY_ADDRESS", ""))
     with interrupts_raised(signal.SIGTERM):
         try:
             ray.init(**where, log_to_driver=False, logging_level=logging.WARNING)
@@ -82,6 +93,20 @@ def _start(num_cpus: int) -> None:
                 f"Ray did not start: {last_line(error)}. Is this machine overloaded, or the "
                 f"cluster at RAY_ADDRESS not reachable? Run the same command again."
             ) from error
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself tries an address for minutes, without a word."""
+    host, mark, port = address.removeprefix("ray://").rpartition(":")
+    if not mark or not port.isdecimal():
+        return  # "auto", or one that Ray refuses
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_SECONDS).close()
+    except OSError as error:
+        raise ClusterError(
+            f"there is no Ray cluster at RAY_ADDRESS={address} ({error}); correct it, start the "
+            f"cluster, or unset RAY_ADDRESS to use this machine"
+        ) from error
 
 
 def _check_gpus(num_gpus: int) -> None:

@@ -153,6 +153,9 @@ class TrainConfig(Section):
     """With `keep_last`, keep those at each such number of images too."""
     publish_deadline_seconds: PositiveFloat = 600.0
     """A checkpoint whose parts have not arrived in storage by then is given up; the run goes on."""
+    if_damaged: Literal["stop", "go_back"] = "stop"
+    """When the newest checkpoint is no longer what was published: end the run and name the next
+    older one, or set it aside and go back to that one."""
     log_every_steps: PositiveInt = 10
     """Steps per line of metrics."""
 

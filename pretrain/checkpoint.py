@@ -33,6 +33,7 @@ from pretrain.pieces import PiecesError, assemble
 from pretrain.world import World, from_first_rank
 
 MANIFEST_NAME = "COMPLETE.json"
+LATEST_NAME = "latest.json"
 HISTORY_NAME = "HISTORY.json"
 SUPERSEDED_PREFIX = "SUPERSEDED-"
 BUFFERS_NAME = "buffers.safetensors"
@@ -47,6 +48,10 @@ class CheckpointError(ValueError):
 
 class DamagedError(CheckpointError):
     """A complete checkpoint is no longer what was published; trying again does not help."""
+
+
+class _OtherVersionError(CheckpointError):
+    """Of an older or newer version of this code, and whole as far as anybody knows."""
 
 
 class UnreadableError(CheckpointError):
@@ -125,33 +130,40 @@ def read_manifest(store: ObjectStore, run_url: str, step: int) -> Manifest:
 
     Raises:
         ObjectMissingError: there is no complete checkpoint at that step.
-        CheckpointError: the manifest cannot be read.
+        DamagedError: the manifest cannot be read.
+        CheckpointError: it is of another version.
     """
     where = join(checkpoints_url(run_url), checkpoint_name(step), MANIFEST_NAME)
     try:
         return manifest_at(store, where)
     except UnreadableError as error:
-        raise CheckpointError(f"{error}; {_instead(store, run_url, step)}") from error
+        raise DamagedError(f"{error}; {_instead(store, run_url, step)}") from error
 
 
 def manifest_at(store: ObjectStore, where: str) -> Manifest:
     """The manifest in one file, whatever that is called.
 
     Raises:
-        UnreadableError: it cannot be read, or is not what was written.
+        UnreadableError: it is not what was written.
+        CheckpointError: it is of another version of this code.
     """
     data = store.read(where)
     try:
         said = dict(json.loads(data))
         version = said.get("format_version")
-        if version != FORMAT_VERSION:
-            raise ValueError(f"format {version}, this code reads {FORMAT_VERSION}")
+        if isinstance(version, int) and version != FORMAT_VERSION:
+            raise _OtherVersionError(
+                f"{where} has format {version}, this code reads {FORMAT_VERSION}; use the version "
+                f"of this package that wrote it, or give the run another name"
+            )
         manifest = _MANIFEST.validate_json(json.dumps(unsealed(said)), strict=True)
         if manifest.name != where.split("/")[-2]:
             raise ValueError(f"it is of step {manifest.step}")
         if manifest.parent is not None and not manifest.parent < manifest.name:
             raise ValueError(f"its parent {manifest.parent} is not older than it is")
         return manifest
+    except _OtherVersionError:
+        raise
     except (ValueError, TypeError) as error:
         said = _said(error) if isinstance(error, ValidationError) else error
         raise UnreadableError(f"{where} cannot be read ({said})") from error
@@ -165,6 +177,13 @@ def newest(store: ObjectStore, run_url: str) -> Manifest | None:
     """The newest complete checkpoint of a run, or None when there is none."""
     steps = complete_steps(store, run_url)
     return read_manifest(store, run_url, steps[-1]) if steps else None
+
+
+def next_older(store: ObjectStore, run_url: str, step: int | None) -> int | None:
+    """The step of the complete checkpoint before that at `step`, or before the newest one."""
+    steps = complete_steps(store, run_url)
+    older = steps[:-1] if step is None else [other for other in steps if other < step]
+    return older[-1] if older else None
 
 
 def newest_for_all(store: ObjectStore, run_url: str, world: World) -> Manifest | None:
@@ -207,7 +226,14 @@ def go_back(store: ObjectStore, run_url: str, step: int) -> list[int]:
         folder = join(checkpoints_url(run_url), checkpoint_name(other))
         store.write(join(folder, mark), store.read(join(folder, MANIFEST_NAME)))
         store.delete(join(folder, MANIFEST_NAME))
+    point_to(store, run_url, step)
     return later
+
+
+def point_to(store: ObjectStore, run_url: str, step: int) -> None:
+    """Name the newest complete checkpoint for whoever looks in from outside; nothing here asks."""
+    latest = {"name": checkpoint_name(step)}
+    store.write(join(checkpoints_url(run_url), LATEST_NAME), to_json(latest))
 
 
 def lineage(store: ObjectStore, run_url: str, manifest: Manifest) -> list[Manifest]:
@@ -268,20 +294,21 @@ def read_file(store: ObjectStore, run_url: str, manifest: Manifest, name: str) -
             f"{_instead(store, run_url, manifest.step)}"
         ) from error
     size, digest = manifest.files[name]
-    if len(data) != size or hashlib.sha256(data).hexdigest() != digest:
+    found = hashlib.sha256(data).hexdigest()
+    if len(data) != size or found != digest:
         raise DamagedError(
-            f"{where} is damaged: {len(data)} bytes, not the {size} bytes with SHA-256 {digest} "
-            f"that its manifest names; {_instead(store, run_url, manifest.step)}"
+            f"{where} is damaged: {len(data)} bytes with SHA-256 {found[:12]}…, its manifest names "
+            f"{size} bytes with {digest[:12]}…; {_instead(store, run_url, manifest.step)}"
         )
     return data
 
 
 def _instead(store: ObjectStore, run_url: str, step: int) -> str:
     """What to use in place of a damaged checkpoint."""
-    older = [other for other in complete_steps(store, run_url) if other < step]
-    if not older:
+    older = next_older(store, run_url, step)
+    if older is None:
         return "restore it: there is no older complete checkpoint"
-    return f"restore it, or go back to the next older complete one: --from-step {older[-1]}"
+    return f"restore it, or go back to the next older complete one: --from-step {older}"
 
 
 def read_pieces(

@@ -27,11 +27,11 @@ from pretrain.checkpoint import (
     MANIFEST_NAME,
     CheckpointError,
     Manifest,
-    UnreadableError,
     checkpoints_url,
     complete_steps,
     manifest_at,
     parts_url,
+    point_to,
     read_manifest,
     to_json,
 )
@@ -197,8 +197,7 @@ class Publisher:
                 f"meanwhile; give this one another name"
             )
         self._store.write(where, to_json(manifest))
-        latest = join(checkpoints_url(self._run_url), "latest.json")
-        self._store.write(latest, to_json({"name": manifest.name}))
+        point_to(self._store, self._run_url, manifest.step)
 
     def _current_attempt(self) -> str:
         """Who may publish, as the store says; or what is there instead."""
@@ -254,7 +253,7 @@ def collect_orphans(store: ObjectStore, run_url: str) -> int:
         manifests = [entry for entry in entries if "/" not in entry and entry.endswith(".json")]
         try:
             parts = {e: manifest_at(store, join(base, name, e)).parts for e in manifests}
-        except UnreadableError as error:
+        except CheckpointError as error:
             _log.warning("%s; everything below %s stays", error, join(base, name))
             continue  # its parts would be taken for orphans
         for below in _orphans(entries, parts):

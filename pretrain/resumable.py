@@ -29,6 +29,7 @@ MAY_CHANGE = (
     "train.total_images",
     "train.max_micro_batch",
     "train.checkpoint_every_images",
+    "train.if_damaged",
     "train.keep_every_images",
     "train.keep_last",
     "train.log_every_steps",
@@ -127,7 +128,7 @@ def _why_not(key: str) -> str:
     if _is_one_of(key, MAY_CHANGE):
         return "it may change without being allowed to"
     if close := get_close_matches(key, MAY_BE_ALLOWED, 1):
-        return f"did you mean {close[0]}?"
+        return f"did you mean {close[0]}"
     return "there is no such setting, or with another value it is another run"
 
 

@@ -57,7 +57,7 @@ class Fault:
                 "value": str(self.value),
                 "positions": self.taken.positions,
                 "keys": self.taken.keys,
-                "repeat": f"diti train RUN.YAML --replay {self.taken.step}",
+                "repeat": f"the same command with --replay {self.taken.step}",
             },
             indent=1,
         ).encode()

@@ -264,9 +264,10 @@ def _explain(window: Window, saver: Saver) -> str:
     step, value = first.taken.step, first.value
     return (
         f"{first.what} is {value} at step {step}, first on rank {first.rank}; its samples, by "
-        f"position and key, are in {saver.faults_url}; diti train RUN.YAML --replay {step} shows "
-        f"the loss of each. The newest complete checkpoint is step {saver.newest_step}; if it is "
-        f"spoiled already, go further back with --from-step. {_LOWER_THE_RATE}"
+        f"position and key, are in {saver.faults_url}; the same command with --replay {step}, and "
+        f"without --from-step, shows the loss of each. The newest complete checkpoint is step "
+        f"{saver.newest_step}; if it is spoiled already, go further back with --from-step. "
+        f"{_LOWER_THE_RATE}"
     )
 
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from cluster.leases import QueueState
 from pretrain.feature_export import ExportStart
@@ -27,12 +28,14 @@ def progress_bar(label: str, total: float) -> Iterator[Update]:
         yield _plain_lines(label, total)
         return
     columns = (
-        TextColumn("{task.description:<14}"),
-        BarColumn(bar_width=30),
-        TextColumn("{task.percentage:>3.0f}% {task.fields[text]}"),
-        TimeRemainingColumn(compact=True),
+        TextColumn("{task.description}", table_column=Column(min_width=len(label))),
+        BarColumn(bar_width=16),
+        TextColumn("{task.percentage:>3.0f}%", table_column=Column(min_width=4)),
+        TimeRemainingColumn(compact=True, table_column=Column(min_width=5)),
+        # The rest of the line; a narrow terminal does not show its end.
+        TextColumn("{task.fields[text]}", table_column=Column(ratio=1, no_wrap=True)),
     )
-    with Progress(*columns, console=console) as bar:
+    with Progress(*columns, console=console, expand=True) as bar:
         task = bar.add_task(label, total=total, text="")
         yield lambda done, text: bar.update(task, completed=done, text=text)
 
@@ -174,8 +177,9 @@ def training_bar(
             update(
                 slowest.images,
                 f"{slowest.images_per_second:.0f} images/s  loss {slowest.loss:.4f}  "
+                f"checkpoint at step {slowest.checkpoint_step}  "
                 f"data wait {hungry.data_wait_share:.0%}  communication {talking:.0%}  "
-                f"{slowest.peak_share:.0%} of peak  checkpoint at step {slowest.checkpoint_step}"
+                f"{slowest.peak_share:.0%} of peak"
                 + (f"  bad samples {slowest.bad_samples}" if slowest.bad_samples else "")
                 + (f"  {hungry.hint}" if hungry.hint else ""),
             )

@@ -271,7 +271,6 @@ def edited(**fields: object) -> Callable[[str], str]:
         edited(files={"a": 3}),
         edited(parts=ABSENT),
         edited(invented_later=1),
-        edited(format_version=1),
         edited(parent="step-00000002"),
         edited(parent=3),
         edited(step="2"),
@@ -288,7 +287,6 @@ def edited(**fields: object) -> Callable[[str], str]:
         "files",
         "without parts",
         "unknown field",
-        "other format",
         "its own parent",
         "parent of another kind",
         "step of another kind",
@@ -311,8 +309,20 @@ def test_a_manifest_that_cannot_be_read_is_named_with_the_remedy(
     assert str(path) in str(error.value)
     assert checkpoint.go_back(STORE, run.url, 0) == [2]
     assert checkpoint.find(STORE, run.url, None).step == 0
+    latest = json.loads(Path(run.url, "checkpoints", "latest.json").read_text())
+    assert latest == {"name": "step-00000000"}
     assert collect_orphans(STORE, run.url) == 0, "whose they are, nobody knows"
     assert run.path(damaged, "weights/00000.safetensors").exists()
+
+
+def test_a_manifest_of_another_version_is_not_taken_for_a_damaged_one(run: Run):
+    run.publish(0)
+    run.publish(2, parent=0)
+    path = run.manifest_path(2)
+    path.write_text(edited(format_version=1)(path.read_text()))
+    with pytest.raises(CheckpointError, match="has format 1, this code reads 3; use the") as error:
+        checkpoint.newest(STORE, run.url)
+    assert not isinstance(error.value, checkpoint.DamagedError), "or going back would hide it"
 
 
 def test_a_manifest_in_the_middle_of_a_run_that_cannot_be_read_stops_nothing_but_history(run: Run):
@@ -443,6 +453,7 @@ CHANGES = {
     "train.checkpoint_every_images": "train.checkpoint_every_images=32",
     "train.keep_every_images": "train.keep_every_images=64 train.keep_last=2",
     "train.keep_last": "train.keep_last=3",
+    "train.if_damaged": "train.if_damaged=go_back",
     "train.publish_deadline_seconds": "train.publish_deadline_seconds=5",
     "train.log_every_steps": "train.log_every_steps=5",
     "wandb": "wandb.project=other",
@@ -644,6 +655,22 @@ def test_a_rank_that_cannot_send_its_own_part_in_time_gives_it_up(run: Run):
     assert isinstance(outcome, StoreError)
     assert 5 < time.monotonic() - begun < 12
     assert checkpoint.complete_steps(STORE, run.url) == [1]
+
+
+class SlowStore(ObjectStore):
+    """Takes each object, and its time."""
+
+    def write(self, url: str, data: bytes, *, only_if_absent: bool = False) -> ObjectInfo:
+        time.sleep(0.2)
+        return super().write(url, data, only_if_absent=only_if_absent)
+
+
+def test_a_rank_whose_many_small_files_take_too_long_gives_its_part_up(run: Run):
+    publisher = Publisher(SlowStore(), run.url, ALONE, deadline_seconds=0.5, kept_steps=set)
+    publisher.start(make_manifest(1), [(f"weights/{n}", b"small") for n in range(30)])
+    outcome = publisher.settle(wait=True)
+    assert "rank 0's part had not arrived" in str(outcome)
+    assert len(list(Path(run.url).rglob("weights/*"))) < 10, "the rest was not even tried"
 
 
 def test_a_complete_checkpoint_is_not_replaced_by_another_runs(run: Run):

@@ -6,8 +6,10 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,6 +39,7 @@ from pretrain.replay import replay
 from pretrain.run_plan import plan_run
 from pretrain.train import TrainingDivergedError, build_model, open_batches, run
 from pretrain.trained import load_diti, load_encoder
+from pretrain.window import Speed, measure_speed
 from pretrain.world import World
 from tests.ranks import run_on_ranks
 from tests.tars import headers
@@ -44,6 +47,7 @@ from tests.tiny_run import UNET, make_backbone, make_run, make_shards
 from tools.cli import app
 
 STORE = ObjectStore()
+PEAK = 1e11  # FLOP/s
 pytestmark = pytest.mark.usefixtures("world")
 SHORT = (  # 4 steps, checkpoints at 0, 2 and 4
     "train.global_batch=8",
@@ -503,8 +507,11 @@ def test_images_are_mirrored_where_their_coin_says_so(tmp_path: Path):
     assert images.is_contiguous()
 
 
-def test_a_run_whose_loss_is_no_number_stops_and_keeps_the_samples_of_that_step(tmp_path: Path):
-    config = make_run(STORE, str(tmp_path), *SHORT, "optimizer.learning_rate=1e30")
+@pytest.mark.parametrize(("rate", "what"), [("1e30", "loss"), ("1e12", "gradient norm")])
+def test_a_run_that_comes_to_no_number_stops_and_keeps_the_samples_of_that_step(
+    tmp_path: Path, rate: str, what: str
+):
+    config = make_run(STORE, str(tmp_path), *SHORT, f"optimizer.learning_rate={rate}")
     with pytest.raises(
         TrainingDivergedError, match=r"newest complete checkpoint is step \d"
     ) as told:
@@ -513,6 +520,8 @@ def test_a_run_whose_loss_is_no_number_stops_and_keeps_the_samples_of_that_step(
     assert steps[-1] < 4, "weights that are no numbers are not published"
     [where] = [info.url for info in STORE.list(join(run_url(config), "faults"))]
     fault = json.loads(STORE.read(where))
+    assert fault["what"] == what
+    assert f"{what} is " in str(told.value)
     assert f"at step {fault['step']}, first on rank 0" in str(told.value)
     images = config.train.global_batch
     assert fault["positions"] == list(range((fault["step"] - 1) * images, fault["step"] * images))
@@ -659,7 +668,13 @@ def test_a_loss_that_jumps_is_said(
     assert "times the usual one" in caplog.text
 
 
-def test_a_window_says_where_its_time_went_and_what_share_of_the_peak_it_reached(tmp_path: Path):
+def test_a_window_says_where_its_time_went_and_what_share_of_the_peak_it_reached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def slower_machine(*about: Any) -> Speed:
+        return replace(measure_speed(*about), peak=PEAK)
+
+    monkeypatch.setattr("pretrain.train.measure_speed", slower_machine)
     config = make_run(STORE, str(tmp_path), *SHORT)
     manifest = run(config, local_dir=tmp_path)
     for line in checkpoint.read_metrics(STORE, run_url(config), manifest):
@@ -670,6 +685,6 @@ def test_a_window_says_where_its_time_went_and_what_share_of_the_peak_it_reached
             for phase in ("backbone forward", "forward", "backward", "optimizer", "average")
         )
         assert line["data_wait_share"] == line["share/data wait"]
-        assert 0 < line["peak_share"] < 1
         flops = line["frozen_gflops"] + line["trained_gflops"]
+        assert line["peak_share"] == pytest.approx(1e9 * flops / PEAK)
         assert line["trained_gflops"] > line["frozen_gflops"] > 0, flops

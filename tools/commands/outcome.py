@@ -10,13 +10,15 @@ REFUSALS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, 
 
 
 @contextmanager
-def clear_errors(*, goes_on: bool = False) -> Iterator[None]:
+def clear_errors(*, goes_on: bool = False, without: str | None = None) -> Iterator[None]:
     """Turn what can go wrong into one line on standard error and an exit code.
 
     Args:
         goes_on: after Ctrl-C, the same command takes up its work where it was.
+        without: an option that must then be left out.
     """
-    again = "; run the same command again to go on" if goes_on else ""
+    but = f" without {without}" if without else ""
+    again = f"; run the same command again{but} to go on" if goes_on else ""
     try:
         yield
     except KeyboardInterrupt:

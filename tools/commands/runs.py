@@ -94,7 +94,8 @@ def train(
 
     Example: diti train configs/runs/demo.yaml data.shards=data/avatars/train output=runs
     """
-    with clear_errors(goes_on=True):
+    without = None if from_step is None else "--from-step"
+    with clear_errors(goes_on=True, without=without):
         from configs.loading import load_run  # a wrong file is refused before all else is imported
 
         changes = list(overrides or ())
