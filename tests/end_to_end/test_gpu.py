@@ -41,5 +41,5 @@ def test_a_run_trains_and_its_features_are_those_of_a_cpu(s3_url: str, tmp_path:
             num_workers=1,
             use_gpu=place == "gpu",
         )
-        z[place] = torch.from_numpy(open_features(out).read().values)
+        z[place] = torch.from_numpy(open_features(out).arrays().values)
     assert torch.nn.functional.cosine_similarity(z["gpu"], z["cpu"]).min() > 0.99

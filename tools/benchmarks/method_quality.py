@@ -167,8 +167,10 @@ def config_of(folder: Path, row: str, seed: int, *, use_gpu: bool = False) -> Ru
 
 
 def digest_of_config(config: RunConfig) -> str:
-    """Of all that decides what is learnt; not of where things lie."""
-    found = config.model_dump(mode="json", include={"seed", "task", "train", "optimizer"})
+    """Of all that decides what is learnt; not of where things lie, or how often they are saved."""
+    train = {"total_images", "global_batch", "ema_decay"}
+    parts = {"seed": True, "task": True, "optimizer": True, "train": train}
+    found = config.model_dump(mode="json", include=parts)
     return digest_of_json(found)[:12]
 
 
