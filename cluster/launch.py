@@ -94,7 +94,11 @@ def launch_training(
             on_start(found)
             if found.is_done:
                 return checkpoint.find(store, run_url(config), None)
-            return _train(config, found, local_dir, from_step, allow_change, on_progress)
+            back_to, from_step = (
+                from_step,
+                None,
+            )  # then the newest is the one that counts
+            return _train(config, found, local_dir, back_to, allow_change, on_progress)
         except checkpoint.DamagedError as error:
             older = checkpoint.next_older(store, run_url(config), from_step)
             if config.train.if_damaged == "stop" or older is None:

@@ -23,10 +23,11 @@ def losses(store: ObjectStore, url: str, local: Path, *overrides: str) -> list[f
 
 
 def test_all_stages_and_precisions_agree(store: ObjectStore, s3_url: str, tmp_path: Path) -> None:
+    """A number in bf16 is off by up to 2^-9, 0.2 %; in a mean of many most of that cancels."""
     with ray_session(num_cpus=2):
         alone = losses(store, s3_url, tmp_path / "1", "name=alone", "cluster.num_workers=1")
         for stage in (0, 1, 2, 3):
-            for precision, tolerance in (("fp32", 1e-4), ("bf16", 0.05)):
+            for precision, tolerance in (("fp32", 1e-4), ("bf16", 5e-3)):
                 name = f"zero{stage}-{precision}"
                 found = losses(
                     store,
