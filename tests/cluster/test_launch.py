@@ -1,6 +1,5 @@
-"""A run's start on Ray: what is refused changes nothing, and two starts do not harm each other."""
+"""A run's start on Ray: what is refused changes nothing; a damaged checkpoint is set aside."""
 
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,7 @@ import pytest
 import torch
 
 from cluster import launch
-from cluster.launch import RunFailedError, launch_training
+from cluster.launch import launch_training
 from cluster.session import ClusterError, ray_session
 from configs.schema import RunConfig
 from data_pipelines.object_store import ObjectStore
@@ -88,34 +87,3 @@ def test_a_start_that_is_refused_by_ray_changes_nothing(
         launch_training(longer(config, 96), local_dir=tmp_path / "local", from_step=1)
     assert time.monotonic() - begun < 60
     assert manifests(config) == before
-
-
-def test_a_second_start_of_a_run_takes_it_over_and_goes_on(tmp_path: Path) -> None:
-    config = make_run(STORE, str(tmp_path), *ONE_WORKER, "train.total_images=64000")
-    told: list[Exception] = []
-    started = threading.Event()
-
-    def first() -> None:
-        try:
-            launch_training(
-                config,
-                local_dir=tmp_path / "local",
-                on_progress=lambda ranks: started.set() if ranks[0].checkpoint_step > 1 else None,
-            )
-        except Exception as error:  # noqa: BLE001 (for the other thread to look at)
-            told.append(error)
-
-    with ray_session(num_cpus=2):
-        thread = threading.Thread(target=first)
-        thread.start()
-        assert started.wait(120)
-        done = checkpoint.complete_steps(STORE, run_url(config))[-1]
-        total = (done + 200) * config.train.global_batch
-        manifest = launch_training(longer(config, total), local_dir=tmp_path / "local")
-        thread.join(120)
-    [error] = told
-    assert isinstance(error, RunFailedError)
-    assert "another attempt of the run" in str(error)
-    assert manifest.images == total
-    positions = [p for p, _ in checkpoint.read_samples(STORE, run_url(config), manifest)]
-    assert positions == list(range(total))
