@@ -94,10 +94,8 @@ def launch_training(
             on_start(found)
             if found.is_done:
                 return checkpoint.find(store, run_url(config), None)
-            back_to, from_step = (
-                from_step,
-                None,
-            )  # then the newest is the one that counts
+            # Once it has begun, the newest checkpoint is the one that may be found damaged.
+            back_to, from_step = from_step, None
             return _train(config, found, local_dir, back_to, allow_change, on_progress)
         except checkpoint.DamagedError as error:
             older = checkpoint.next_older(store, run_url(config), from_step)
