@@ -74,6 +74,8 @@ def test_a_run_that_moves_between_world_sizes_and_stages_follows_the_undisturbed
 
     alone = make_run(STORE, str(tmp_path), *STEPS, "name=alone", "cluster.num_workers=1")
     run(alone, local_dir=tmp_path)
+    for step, (undisturbed, found) in enumerate(zip(losses(alone), losses(moved), strict=True), 1):
+        print(f"step {step}: {undisturbed:.9f} undisturbed, {found:.9f} moved")
     assert losses(moved) == pytest.approx(losses(alone), rel=1e-5)
     positions = [
         position for position, _ in checkpoint.read_samples(STORE, run_url(moved), manifest)
