@@ -111,9 +111,9 @@ class AvatarSample:
 
     ``jpeg`` is RGB, ``size_px`` square, quality 95, 4:4:4 (fine detail is one pixel wide).
     ``metadata`` is plain JSON: ``attributes`` {name: 0 or 1}, ``numeric`` (``scale`` a factor,
-    ``x`` and ``y`` in percent of the image, ``hue`` of the background in degrees), ``style``,
-    ``seed`` (DiceBear's), ``caption``, ``width``, ``height`` and, with pairs, ``pair``:
-    {``attribute``, ``index`` of the pair, ``other_row``}.
+    ``x`` and ``y`` in percent of the image, ``hue`` of the background in degrees), ``classes``
+    {feature: its value}, ``style``, ``seed`` (DiceBear's), ``caption``, ``width``, ``height`` and,
+    with pairs, ``pair``: {``attribute``, ``index`` of the pair, ``other_row``}.
     """
 
     key: str
@@ -297,6 +297,7 @@ def _metadata(spec: AvatarSpec, seed: str, used: Mapping[str, Any]) -> dict[str,
             "y": used["translateY"],
             "hue": round(background_hue_and_value(used)[0], 2),
         },
+        "classes": face,
         "style": spec.style,
         "seed": seed,
         "caption": caption_of(face),

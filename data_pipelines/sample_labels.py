@@ -1,7 +1,11 @@
-"""Labels of a raw sample: the binary attributes that its json holds."""
+"""Labels of a raw sample: what its json says that the image shows.
+
+`attributes` are 0 or 1, `numeric` are numbers, `classes` are words; each by name, each optional.
+"""
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,16 +24,44 @@ def attributes_in(sample: Mapping[str, Any]) -> dict[str, int]:
     Raises:
         LabelError: there is no json, no `attributes` in it, or another value.
     """
+    return _values_in(sample, "attributes", "0 or 1", lambda value: value in (0, 1))
+
+
+def numbers_in(sample: Mapping[str, Any]) -> dict[str, float]:
+    """Everything under `numeric`, a finite number by name.
+
+    Raises:
+        LabelError: there is no json, no `numeric` in it, or another value.
+    """
+    return _values_in(sample, "numeric", "a finite number", _is_number)
+
+
+def classes_in(sample: Mapping[str, Any]) -> dict[str, str]:
+    """Everything under `classes`, a word by name.
+
+    Raises:
+        LabelError: there is no json, no `classes` in it, or another value.
+    """
+    return _values_in(sample, "classes", "text", lambda value: isinstance(value, str))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _values_in(
+    sample: Mapping[str, Any], field: str, kind: str, fits: Callable[[Any], bool]
+) -> dict[str, Any]:
     try:
-        attributes = dict(json.loads(sample[LABELS_EXTENSION])["attributes"].items())
-        if wrong := {name: value for name, value in attributes.items() if value not in (0, 1)}:
-            raise ValueError(f"{wrong} is neither 0 nor 1")
+        values = dict(json.loads(sample[LABELS_EXTENSION])[field].items())
+        if wrong := {name: value for name, value in values.items() if not fits(value)}:
+            raise ValueError(f"{wrong} is not {kind}")
     except (KeyError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise LabelError(
             f"sample {sample['__key__']} of {sample['__url__']} has no labels "
-            f"({type(error).__name__}: {error}); its json needs `attributes` of 0 and 1"
+            f"({type(error).__name__}: {error}); its json needs `{field}`, each {kind}"
         ) from error
-    return attributes
+    return values
 
 
 def labels_in(sample: Mapping[str, Any], names: Sequence[str]) -> NDArray[np.int8]:

@@ -8,7 +8,7 @@ from data_pipelines.feature_store import part_name, publish_manifest
 from data_pipelines.object_store import ObjectStore
 from data_pipelines.shard_index import read_index
 from tests.feature_sets import manifest_of
-from tools.labels import labels_of, read_samples
+from tools.labels import attributes_of, read_samples
 
 STORE = ObjectStore()
 LAYOUT = FeatureLayout(
@@ -20,7 +20,7 @@ def export_labels(shards: str, url: str, *, encoder: str = "a" * 64) -> str:
     """Features whose first dimension is one of the labels, and noise besides."""
     index = read_index(STORE, shards)
     samples = read_samples(STORE, index)
-    labels = labels_of(samples)
+    labels = attributes_of(samples)
     features = np.random.default_rng(0).standard_normal((len(samples), 8), np.float32)
     features[:, 0] = labels.values[:, labels.names.index("glasses")]
     [shard] = index.shards

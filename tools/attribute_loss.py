@@ -24,7 +24,8 @@ from pretrain.timesteps import uniform_timesteps
 from pretrain.trained import load_diti
 from tools.attribute_probe import probe
 from tools.denoising import CHUNK, draw_noise, to_unit
-from tools.labels import iter_samples, labels_of, read_pixels
+from tools.labels import attributes_of, iter_samples, read_pixels
+from tools.representations import Representation
 
 TIMESTEPS = (25, 50, 100, 150, 200, 300, 400, 500, 600, 700, 850, 999)
 
@@ -91,7 +92,7 @@ def evaluate_attribute_loss(
             f"that it has not seen: give a second split"
         )
     samples = [list(islice(iter_samples(store, index), count)) for index in indices]
-    train, test = (labels_of(each) for each in samples)
+    train, test = (attributes_of(each) for each in samples)
     if train.names != test.names:
         raise ValueError(
             f"{train_url} and {test_url} are labelled with different attributes: "
@@ -118,7 +119,8 @@ def _precision(
         for half in halves
     ]
     (train, test) = halves
-    return probe("", flat[0], train.labels, flat[1], test.labels, attributes).average_precision
+    seen = Representation("", flat[0], train.labels, flat[1], test.labels)
+    return probe(seen, attributes).average_precision
 
 
 @torch.inference_mode()

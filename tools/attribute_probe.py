@@ -5,19 +5,15 @@ attribute by leave-one-out error on the training half: no learning rate, no epoc
 advantage for a feature of larger scale.
 """
 
-import warnings
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import LinAlgWarning
-from sklearn.linear_model import RidgeCV
 from sklearn.metrics import average_precision_score
 
-from data_pipelines.feature_layout import FeatureColumn, select_columns
 from data_pipelines.feature_store import Features
-
-STRENGTHS = tuple(float(x) for x in np.logspace(0, 5, 11))
+from tools.representations import Representation, subsets_of
+from tools.ridge import fit_ridge, signed, standardised
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,27 +48,17 @@ class ProbeResult:
         return float(np.mean(chosen))
 
 
-def probe(
-    name: str,
-    train_x: NDArray[np.float32],
-    train_y: NDArray[np.int8],
-    test_x: NDArray[np.float32],
-    test_y: NDArray[np.int8],
-    attributes: tuple[str, ...],
-) -> ProbeResult:
+def probe(representation: Representation[np.int8], attributes: tuple[str, ...]) -> ProbeResult:
     """Fit on the training half, score on the test half.
-
-    Args:
-        train_x, test_x: (N, D) features.
-        train_y, test_y: (N, A) labels, 0 or 1.
 
     Raises:
         ValueError: an attribute has only one value in one of the halves.
     """
+    name, train_x, train_y, test_x, test_y = representation
     refuse_constant(train_y, attributes, "the train half")
     refuse_constant(test_y, attributes, "the test half")
     train_x, test_x = standardised(train_x, test_x)
-    ridge = fit_ridge(train_x, train_y)
+    ridge = fit_ridge(train_x, signed(train_y))
     scores = ridge.predict(test_x).reshape(test_y.shape)  # flat for one attribute
     return ProbeResult(
         name,
@@ -95,22 +81,6 @@ def refuse_constant(labels: NDArray[np.int8], attributes: tuple[str, ...], where
         )
 
 
-def standardised(
-    train_x: NDArray[np.float32], test_x: NDArray[np.float32]
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Both by the mean and standard deviation of the training half."""
-    mean, std = train_x.mean(axis=0), train_x.std(axis=0) + 1e-6
-    return (train_x - mean) / std, (test_x - mean) / std
-
-
-def fit_ridge(x: NDArray[np.float32], y: NDArray[np.int8]) -> RidgeCV:
-    """On standardised features (N, D) and labels (N, A) or (N,) of 0 and 1, a strength for each."""
-    ridge = RidgeCV(STRENGTHS, alpha_per_target=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", LinAlgWarning)  # weak strengths on collinear pixels
-        return ridge.fit(x, 2.0 * y - 1.0)
-
-
 def weight_shares(
     features: Features, y: NDArray[np.int8], attributes: tuple[str, ...]
 ) -> WeightShares:
@@ -119,13 +89,9 @@ def weight_shares(
     Raises:
         ValueError: an attribute has only one value.
     """
-    refuse_constant(y, attributes, "the set")
-    x, _ = standardised(features.values, features.values[:0])
-    ridge = fit_ridge(x, y)
-    squares = np.asarray(ridge.coef_, np.float64).reshape(len(attributes), -1) ** 2
-    squares /= squares.sum(axis=1, keepdims=True)
+    squares = squared_weights(features.values, y, attributes)
     _, *subsets = subsets_of(features)
-    shares = np.stack([squares[:, dims].sum(axis=1) for _, dims in subsets], axis=1)
+    shares = np.stack([squares[dims].sum(axis=0) for _, dims in subsets], axis=1)
     return WeightShares(
         tuple(name for name, _ in subsets),
         tuple(dims.stop - dims.start for _, dims in subsets),
@@ -133,38 +99,16 @@ def weight_shares(
     )
 
 
-def probe_features(
-    train: Features,
-    train_y: NDArray[np.int8],
-    test: Features,
-    test_y: NDArray[np.int8],
-    attributes: tuple[str, ...],
-) -> list[ProbeResult]:
-    """The whole feature first, then each of its subsets alone."""
-    return [
-        probe(name, train.values[:, dims], train_y, test.values[:, dims], test_y, attributes)
-        for name, dims in subsets_of(train)
-    ]
-
-
-def subsets_of(
-    features: Features, timesteps: tuple[int, int] | None = None
-) -> list[tuple[str, slice]]:
-    """Name and dimensions of the whole feature, of each subset, and of those in a range together.
+def squared_weights(
+    x: NDArray[np.float32], y: NDArray[np.int8], attributes: tuple[str, ...]
+) -> NDArray[np.float64]:
+    """(D, A): of each attribute's probe of standardised features; each column adds up to 1.
 
     Raises:
-        ValueError: no subset has time-steps in that half-open range.
+        ValueError: an attribute has only one value.
     """
-    columns = features.columns
-    chosen: list[tuple[str, tuple[FeatureColumn, ...]]]
-    chosen = [(column.name, (column,)) for column in columns]
-    if timesteps is not None:
-        some = select_columns(columns, timesteps)
-        chosen.append((f"{some[0].name} to {some[-1].name}", some))
-    first = columns[0].dims[0]
-    subsets = [("all subsets", slice(0, columns[-1].dims[1] - first))]
-    for name, some in chosen:
-        start, end = some[0].timesteps[0], some[-1].timesteps[1]
-        dims = slice(some[0].dims[0] - first, some[-1].dims[1] - first)
-        subsets.append((f"{name}: time-steps {start}-{end}", dims))
-    return subsets
+    refuse_constant(y, attributes, "the set")
+    x, _ = standardised(x, x[:0])
+    weights = np.asarray(fit_ridge(x, signed(y)).coef_, np.float64)
+    squares = weights.reshape(len(attributes), -1).T ** 2
+    return squares / squares.sum(axis=0)

@@ -28,6 +28,7 @@ AVATARS_URL = "s3://diti/avatars"
 COUNTS: dict[Split, int] = {"train": 8_192, "val": 3_072, "test": 3_072}
 ROWS_PER_SHARD = 512
 NUM_WORKERS = 2
+SHORTCUT = "dark_background"
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,17 +99,23 @@ def _train_and_export(store: ObjectStore, config: RunConfig, folder: Path) -> tu
 def _evaluate(
     store: ObjectStore, config: RunConfig, folder: Path, newest: int, features: Exported
 ) -> DemoResult:
-    test_url = features["test", newest]
+    train_url, test_url = features["val", newest], features["test", newest]
     with working("probing attributes"):
         probes = evaluate_attributes(
             store,
-            train_url=features["val", newest],
+            train_url=train_url,
             test_url=test_url,
             untrained=(features["val", 0], features["test", 0]),
         )
     with working("reading the run") as say:
         page, losses = make_report(
-            store, run_url=run_url(config), test_url=test_url, probes=probes, say=say
+            store,
+            run_url=run_url(config),
+            train_url=train_url,
+            test_url=test_url,
+            probes=probes,
+            shortcut=SHORTCUT,
+            say=say,
         )
     report = folder / "report.html"
     report.write_text(page, encoding="utf-8")

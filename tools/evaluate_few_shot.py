@@ -3,9 +3,9 @@
 from collections.abc import Callable, Sequence
 
 from data_pipelines.object_store import ObjectStore
-from tools.attribute_probe import subsets_of
 from tools.few_shot import FewShotResult, Shortcut, few_shot, plan_tasks
-from tools.labelled_features import read_halves
+from tools.labelled_features import raw_pixels, read_halves, representations_of
+from tools.labels import attributes_of
 
 SHOTS = (5, 10, 20, 50)
 DRAWS = 10
@@ -36,30 +36,23 @@ def evaluate_few_shot(
     Raises:
         ValueError: as of `read_halves`, `plan_tasks` and `few_shot`; no subset in `timesteps`.
     """
-    train, test = read_halves(store, train_url, test_url)
-    attributes, most = train.attributes, max(shots)
-    train_y, test_y = train.y, test.y
-    enough = plan_tasks(train_y, attributes, shots=most, draws=1, shortcut=shortcut)
-    features = [
-        (name, train.features.values[:, dims], train_y, test.features.values[:, dims], test_y)
-        for name, dims in subsets_of(train.features, timesteps)
-    ]
+    train, test = read_halves(store, train_url, test_url, attributes_of)
+    attributes, most = train.labels.names, max(shots)
+    enough = plan_tasks(train.y, attributes, shots=most, draws=1, shortcut=shortcut)
+    representations = representations_of(train, test, timesteps)
     if pixels:
-        values = train.flat_pixels(), train.labels.values, test.flat_pixels(), test.labels.values
-        features.append(("raw pixels", *values))
+        representations.append(raw_pixels(train, test))
     results = []
     for each in shots:
-        for name, train_x, train_y, test_x, test_y in features:
+        for representation in representations:
             # By number of shots the same attributes, or their means could not be compared.
             tasks = [
                 task
                 for task in plan_tasks(
-                    train_y, attributes, shots=each, draws=draws, shortcut=shortcut
+                    representation.train_y, attributes, shots=each, draws=draws, shortcut=shortcut
                 )
                 if task.attribute in {other.attribute for other in enough}
             ]
-            results.append(
-                few_shot(name, tasks, train_x, train_y, test_x, test_y, attributes, shortcut)
-            )
+            results.append(few_shot(representation, tasks, attributes, shortcut))
             on_result(results[-1])
     return results

@@ -11,11 +11,13 @@ Letters: N examples, D dimensions, A attributes.
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import mean
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tools.attribute_probe import fit_ridge, standardised
+from tools.representations import Representation
+from tools.ridge import fit_ridge, signed, standardised
 
 Labels = NDArray[np.int8]
 
@@ -128,12 +130,8 @@ def _draw(pools: list[tuple[NDArray[np.intp], int]], key: list[int]) -> NDArray[
 
 
 def few_shot(
-    name: str,
+    representation: Representation[np.int8],
     tasks: Sequence[Task],
-    train_x: NDArray[np.float32],
-    train_y: Labels,
-    test_x: NDArray[np.float32],
-    test_y: Labels,
     attributes: Sequence[str],
     shortcut: Shortcut | None = None,
 ) -> FewShotResult:
@@ -142,13 +140,10 @@ def few_shot(
     The probe is that of `attribute_probe`: ridge regression, its strength chosen by leave-one-out
     error on the few examples. Features are standardised by the whole training half, without labels.
 
-    Args:
-        train_x, test_x: (N, D).
-        train_y, test_y: (N, A), 0 or 1.
-
     Raises:
         ValueError: the test half lacks a value of an attribute, or a combination with the shortcut.
     """
+    name, train_x, train_y, test_x, test_y = representation
     train_x, test_x = standardised(train_x, test_x)
     columns = []
     for task in tasks:
@@ -158,6 +153,12 @@ def few_shot(
     shots = len(tasks[0].draws[0]) // 2
     names = tuple(attributes[task.attribute] for task in tasks)
     return FewShotResult(name, train_x.shape[1], shots, names, np.array(columns).T)
+
+
+def best_subset(results: Sequence[FewShotResult]) -> str:
+    """Of the largest mean accuracy over the numbers of shots; one subset only is the feature."""
+    whole, *subsets = dict.fromkeys(result.name for result in results)
+    return max(subsets or [whole], key=lambda name: mean(r.mean for r in results if r.name == name))
 
 
 def _groups(
@@ -189,5 +190,5 @@ def _accuracy(
     test_x: NDArray[np.float32],
     groups: list[tuple[bool, NDArray[np.intp]]],
 ) -> float:
-    said = fit_ridge(x, y).predict(test_x) > 0
+    said = fit_ridge(x, signed(y)).predict(test_x) > 0
     return float(np.mean([np.mean(said[rows] == there) for there, rows in groups]))

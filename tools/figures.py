@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from data_pipelines.set_stats import Histogram, Quantity
 from tools.attribute_probe import ProbeResult
 from tools.denoising import TimestepLosses
+from tools.few_shot import FewShotResult
 from tools.pictures import Grid, Interpolation, Reconstructions
 
 BACKBONE, DITI, SOFT = "#9a6a00", "#0b6bcb", "#b9c1ca"
@@ -88,6 +89,59 @@ def precision_bars(results: Sequence[ProbeResult]) -> str:
         axes.set(xlim=(0, 1.05), xlabel="mean average precision")
         axes.invert_yaxis()
         axes.set_axisbelow(True)
+        return _png(figure)
+
+
+def share_map(
+    shares: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str], most: float
+) -> str:
+    """A cell per attribute and subset, darker where more is told; `most` and above are darkest."""
+    with mpl.rc_context({**STYLE, "axes.grid": False}):
+        figure = Figure(figsize=(8, 0.24 * len(rows) + 1.1), layout="constrained")
+        axes = figure.subplots()
+        axes.imshow(np.array(shares), cmap="Blues", vmin=0, vmax=most, aspect="auto")
+        axes.set_yticks(range(len(rows)), rows)
+        every = max(1, len(columns) // 12)  # more names would run into each other
+        axes.set_xticks(range(0, len(columns), every), columns[::every])
+        axes.tick_params(length=0)
+        axes.set_xlabel("subset, by its time-steps")
+        if len(columns) <= 12:
+            for (row, column), share in np.ndenumerate(np.array(shares)):
+                colour = "white" if share > 0.6 * most else "#1b1f24"
+                axes.text(
+                    column, row, f"{share:.2f}", ha="center", va="center", color=colour, fontsize=8
+                )
+        return _png(figure)
+
+
+def few_shot_curves(
+    plain: Sequence[FewShotResult], misled: Sequence[FewShotResult], names: dict[str, str]
+) -> str:
+    """Accuracy over the number of examples, without and with a misleading attribute.
+
+    Args:
+        names: of the results to show, and what each is called.
+    """
+    colours = (DITI, BACKBONE, SOFT)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(8, 3.2), layout="constrained")
+        sides = figure.subplots(1, 2, sharey=True)
+        shots = sorted({result.shots for result in plain})
+        for axes, results in zip(sides, (plain, misled), strict=True):
+            for (name, title), colour in zip(names.items(), colours, strict=False):
+                some = [result for result in results if result.name == name]
+                means = [result.mean for result in some]
+                spread = [result.spread for result in some]
+                axes.errorbar(
+                    shots, means, spread, color=colour, marker=".", capsize=2, label=title
+                )
+            axes.axhline(0.5, color="#1b1f24", linestyle=":", linewidth=1)
+            axes.set(xlabel="examples with, and as many without", xscale="log")
+            axes.set_xticks(shots, map(str, shots))
+            axes.minorticks_off()
+        sides[0].set(ylabel="accuracy", title="nothing misleads")
+        sides[1].set(title="another attribute misleads")
+        sides[0].legend(frameon=False, fontsize=9)
         return _png(figure)
 
 

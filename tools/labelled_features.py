@@ -1,6 +1,11 @@
-"""Two halves of labelled features: a probe learns on the first and is scored on the second."""
+"""Two halves of labelled features: a probe learns on the first and is scored on the second.
 
+Letters: N samples, L labels.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Generic
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,26 +13,26 @@ from numpy.typing import NDArray
 from data_pipelines.feature_store import FeatureManifest, Features, FeatureSet, open_features
 from data_pipelines.object_store import ObjectStore
 from data_pipelines.sample_reader import Sample
-from tools.labels import Labels, labels_of, places_of, read_pixels, read_source
+from tools.labels import Labels, Value, places_of, read_pixels, read_source
+from tools.representations import Representation, subsets_of
+
+LabelReader = Callable[[Sequence[Sample]], Labels[Value]]
+"""`attributes_of`, `numbers_of` or `classes_of`."""
 
 
 @dataclass(frozen=True, slots=True)
-class Half:
+class Half(Generic[Value]):
     """Features, and the shard set that they were exported from."""
 
     manifest: FeatureManifest
     features: Features
     samples: list[Sample]
     """All of the set, also those that have no features."""
-    labels: Labels
+    labels: Labels[Value]
 
     @property
-    def attributes(self) -> tuple[str, ...]:
-        return self.labels.names
-
-    @property
-    def y(self) -> NDArray[np.int8]:
-        """(N, A) labels, 0 or 1, in the order of the features."""
+    def y(self) -> NDArray[Value]:
+        """(N, L) labels, in the order of the features."""
         return self.labels.of(places_of(self.manifest, self.features))
 
     def flat_pixels(self) -> NDArray[np.float32]:
@@ -36,28 +41,54 @@ class Half:
         return (pixels.reshape(len(pixels), -1) / 255.0).astype(np.float32)
 
 
-def read_halves(store: ObjectStore, train_url: str, test_url: str) -> tuple[Half, Half]:
+def representations_of(
+    train: Half[Value], test: Half[Value], timesteps: tuple[int, int] | None = None
+) -> list[Representation[Value]]:
+    """The whole feature first, then each subset alone, then those of a range together.
+
+    Raises:
+        ValueError: no subset has time-steps in that half-open range.
+    """
+    train_y, test_y = train.y, test.y
+    train_x, test_x = train.features.values, test.features.values
+    return [
+        Representation(name, train_x[:, dims], train_y, test_x[:, dims], test_y)
+        for name, dims in subsets_of(train.features, timesteps)
+    ]
+
+
+def raw_pixels(train: Half[Value], test: Half[Value]) -> Representation[Value]:
+    """The images themselves."""
+    before, after = train.labels.values, test.labels.values
+    return Representation("raw pixels", train.flat_pixels(), before, test.flat_pixels(), after)
+
+
+def read_halves(
+    store: ObjectStore, train_url: str, test_url: str, labels_of: LabelReader[Value]
+) -> tuple[Half[Value], Half[Value]]:
     """Features of two disjoint shard sets by one encoder, with the labels of their shards.
 
     Raises:
         ValueError: both come from the same shards, or from different encoders; the shards changed
             after the export; or labels are missing, or differ in their names.
     """
-    train, test = (_half(store, each) for each in open_halves(store, train_url, test_url))
-    if different := set(train.attributes) ^ set(test.attributes):
+    train, test = (
+        _half(store, each, labels_of) for each in open_halves(store, train_url, test_url)
+    )
+    if different := set(train.labels.names) ^ set(test.labels.names):
         raise ValueError(
-            f"{train_url} and {test_url} come from shards that are labelled with different "
-            f"attributes: {sorted(different)}"
+            f"{train_url} and {test_url} come from shards with different labels: "
+            f"{sorted(different)}"
         )
     return train, test
 
 
-def read_half(store: ObjectStore, url: str) -> Half:
+def read_half(store: ObjectStore, url: str, labels_of: LabelReader[Value]) -> Half[Value]:
     """One of them. Raises ValueError as `read_halves`."""
-    return _half(store, open_features(url, store=store))
+    return _half(store, open_features(url, store=store), labels_of)
 
 
-def _half(store: ObjectStore, features: FeatureSet) -> Half:
+def _half(store: ObjectStore, features: FeatureSet, labels_of: LabelReader[Value]) -> Half[Value]:
     samples = read_source(store, features.manifest)
     return Half(features.manifest, features.arrays(), samples, labels_of(samples))
 

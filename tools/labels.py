@@ -1,7 +1,8 @@
-"""Labels of a shard set: what each sample's json says under `attributes`."""
+"""Labels of a shard set: what each sample's json says that the image shows."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,7 +10,7 @@ from numpy.typing import NDArray
 from data_pipelines.feature_store import FeatureManifest, Features
 from data_pipelines.object_store import ObjectStore, join
 from data_pipelines.sample_images import decode_sample
-from data_pipelines.sample_labels import attributes_in
+from data_pipelines.sample_labels import attributes_in, classes_in, numbers_in
 from data_pipelines.sample_reader import Sample, iter_shard
 from data_pipelines.shard_index import ShardIndex, read_index
 
@@ -17,16 +18,19 @@ Place = tuple[str, int]
 """URL of a tar, and a row in it. Keys are unique in a tar only."""
 
 
+Value = TypeVar("Value", bound=np.generic)
+
+
 @dataclass(frozen=True, slots=True)
-class Labels:
-    """Binary attributes of a shard set, a row per sample, in the order of `places`."""
+class Labels(Generic[Value]):
+    """Labels of a shard set, a row per sample, in the order of `places`."""
 
     places: tuple[Place, ...]
     names: tuple[str, ...]
-    values: NDArray[np.int8]
-    """(samples, attributes), 0 or 1."""
+    values: NDArray[Value]
+    """(samples, names)."""
 
-    def of(self, places: Sequence[Place]) -> NDArray[np.int8]:
+    def of(self, places: Sequence[Place]) -> NDArray[Value]:
         """Rows in the order of `places`.
 
         Raises:
@@ -75,24 +79,51 @@ def read_source(store: ObjectStore, manifest: FeatureManifest) -> list[Sample]:
     return read_samples(store, index)
 
 
-def labels_of(samples: list[Sample]) -> Labels:
-    """Labels of raw samples.
+def attributes_of(samples: Sequence[Sample]) -> Labels[np.int8]:
+    """Their attributes, 0 or 1.
 
     Raises:
         ValueError: a sample is not labelled, or with other attributes than the rest.
     """
-    names = tuple(sorted(attributes_in(samples[0])))
+    return _labels_of(samples, attributes_in, "attributes", np.int8)
+
+
+def numbers_of(samples: Sequence[Sample]) -> Labels[np.float64]:
+    """Their numbers, in the units of their json.
+
+    Raises:
+        ValueError: a sample is not labelled, or with other numbers than the rest.
+    """
+    return _labels_of(samples, numbers_in, "numbers", np.float64)
+
+
+def classes_of(samples: Sequence[Sample]) -> Labels[np.str_]:
+    """Their classes, a word each.
+
+    Raises:
+        ValueError: a sample is not labelled, or with other kinds of classes than the rest.
+    """
+    return _labels_of(samples, classes_in, "classes", np.str_)
+
+
+def _labels_of(
+    samples: Sequence[Sample],
+    labels_in: Callable[[Sample], Mapping[str, Any]],
+    what: str,
+    dtype: type[Value],
+) -> Labels[Value]:
+    names = tuple(sorted(labels_in(samples[0])))
     rows = []
     for sample in samples:
-        attributes = attributes_in(sample)
-        if different := attributes.keys() ^ set(names):
+        labels = labels_in(sample)
+        if different := labels.keys() ^ set(names):
             raise ValueError(
                 f"sample {sample['__key__']} of {sample['__url__']} and the first sample do not "
-                f"both have the attributes {sorted(different)}; label every sample alike"
+                f"both have the {what} {sorted(different)}; label every sample alike"
             )
-        rows.append([attributes[name] for name in names])
+        rows.append([labels[name] for name in names])
     places = tuple((sample["__url__"], sample["__row__"]) for sample in samples)
-    return Labels(places, names, np.array(rows, np.int8))
+    return Labels(places, names, np.array(rows, dtype))
 
 
 def read_pixels(samples: list[Sample], size_px: int) -> NDArray[np.uint8]:

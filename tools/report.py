@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from configs.loading import dump_run
-from data_pipelines.avatars import attribute_granularity
 from data_pipelines.feature_store import read_manifest
 from data_pipelines.object_store import ObjectStore
 from pretrain.checkpoint import read_metrics
@@ -13,6 +12,7 @@ from pretrain.trained import digest_of, load_diti
 from tools import figures
 from tools.attribute_probe import ProbeResult
 from tools.denoising import FourLosses, four_losses, timestep_losses, to_unit
+from tools.feature_sections import feature_sections
 from tools.labels import read_pixels, read_source
 from tools.page import render_page
 from tools.pictures import interpolations, reconstructions, to_pixels
@@ -21,23 +21,26 @@ NUM_LOSS_IMAGES = 512
 NUM_CURVE_IMAGES = 192
 NUM_RECONSTRUCTIONS = 8
 NUM_PAIRS = 3
-GROUPS = ("coarse", "middle", "fine")
 
 
 def make_report(
     store: ObjectStore,
     *,
     run_url: str,
+    train_url: str,
     test_url: str,
     probes: list[ProbeResult],
+    shortcut: str | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> tuple[str, FourLosses]:
     """The page, and the four losses on it.
 
     Args:
+        train_url: features that probes learn on.
         test_url: features of images that nothing was trained on; their shards are read for the
             losses and pictures.
         probes: from `tools.evaluate_attributes`, the whole feature first.
+        shortcut: an attribute that misleads few-shot learning, for a section about it.
         say: told what comes next.
 
     Raises:
@@ -65,7 +68,16 @@ def make_report(
     faces_b = images[NUM_PAIRS : 2 * NUM_PAIRS]
     say("drawing interpolations")
     moved = interpolations(model, faces_a, faces_b)
-    say("computing losses by time-step, drawing the page")
+    say("computing losses by time-step")
+    by_timestep = timestep_losses(model, images[:NUM_CURVE_IMAGES])
+    sections = feature_sections(
+        store,
+        train_url=train_url,
+        test_url=test_url,
+        probes=probes,
+        shortcut=shortcut,
+        say=say,
+    )
     page = {
         "title": config.name,
         "images": f"{manifest.images:,}",
@@ -77,23 +89,19 @@ def make_report(
         "losses": _loss_rows(losses),
         "figures": {
             "loss": figures.loss_curve(metrics),
-            "timesteps": figures.timestep_curve(
-                timestep_losses(model, images[:NUM_CURVE_IMAGES]), model.partition.timestep_ends
-            ),
+            "timesteps": figures.timestep_curve(by_timestep, model.partition.timestep_ends),
             "reconstructions": figures.reconstruction_grid(
                 reconstructions(model, images[:NUM_RECONSTRUCTIONS])
             ),
             "interpolations": figures.interpolation_grid(
                 moved, to_pixels(faces_a)[:, None], to_pixels(faces_b)[:, None]
             ),
-            "precision": figures.precision_bars(probes),
         },
         "changes": [(item.name, f"{item.change:.1%}") for item in moved],
-        "worse": _worse_than_untrained(probes),
         "phases": [(phase, f"{_mean(metrics, f'share/{phase}'):.1%}") for phase in PHASES],
         "peak_share": f"{_mean(metrics, 'peak_share'):.0%}",
         "config": dump_run(config),
-        **_probe_tables(probes),
+        **sections,
     }
     return render_page("report.html", page), losses
 
@@ -130,60 +138,3 @@ def _loss_rows(losses: FourLosses) -> list[dict[str, Any]]:
         }
         for name, label in labels.items()
     ]
-
-
-def _worse_than_untrained(probes: list[ProbeResult]) -> list[str]:
-    """Attributes that the untrained encoder's feature tells better than the trained one's."""
-    for other in probes:
-        if other.name == "untrained encoder":
-            pairs = zip(probes[0].average_precision, other.average_precision, strict=True)
-            worse = [trained < untrained for trained, untrained in pairs]
-            return [
-                name.replace("_", " ")
-                for name, is_worse in zip(probes[0].attributes, worse, strict=True)
-                if is_worse
-            ]
-    return []
-
-
-def _probe_tables(probes: list[ProbeResult]) -> dict[str, Any]:
-    granularity = attribute_granularity()
-    names = probes[0].attributes
-    members = {
-        group: [name for name in names if granularity.get(name, "other") == group]
-        for group in (*GROUPS, "other")
-    }
-    members = {group: of_group for group, of_group in members.items() if of_group}
-    return {
-        "num_attributes": len(names),
-        "groups": list(members),
-        "probes": [
-            {
-                "name": result.name,
-                "dims": result.dims,
-                "cells": [
-                    f"{value:.3f}"
-                    for value in (result.mean, *map(result.mean_over, members.values()))
-                ],
-                "strong": result is probes[0],
-            }
-            for result in probes
-        ],
-        "attribute_columns": [result.name for result in probes],
-        "attributes": [
-            {
-                "name": group,
-                "rows": [
-                    {
-                        "name": name.replace("_", " "),
-                        "cells": [
-                            f"{result.average_precision[names.index(name)]:.3f}"
-                            for result in probes
-                        ],
-                    }
-                    for name in of_group
-                ],
-            }
-            for group, of_group in members.items()
-        ],
-    }

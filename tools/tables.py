@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
-from rich.table import Column, Table
+from rich.table import Table
 
 if TYPE_CHECKING:
     from cluster.features import FeaturesDiff
     from data_pipelines.feature_store import FeatureManifest
     from data_pipelines.set_stats import SetStats
     from pretrain.replay import Replayed
-    from tools.evaluate_reconstruction import Reconstruction
     from tools.export_plan import ExportOutlook
     from tools.plan import Outlook
 
@@ -24,80 +23,6 @@ MOST_ROWS = 64
 def counted(number: int, noun: str) -> str:
     """`1 shard`, `2 shards`."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def print_probes(results: list[Any]) -> None:
-    from data_pipelines.avatars import attribute_granularity
-
-    granularity = attribute_granularity()
-    groups = {
-        group: [name for name in results[0].attributes if granularity.get(name) == group]
-        for group in ("coarse", "middle", "fine")
-    }
-    groups = {group: names for group, names in groups.items() if names}
-    table = Table("feature", "dims", "mean AP", *groups, title="average precision on unseen images")
-    for result in results:
-        means = [f"{result.mean_over(names):.3f}" for names in groups.values()]
-        table.add_row(result.name, str(result.dims), f"{result.mean:.3f}", *means)
-    Console().print(table)
-
-
-def print_weights(found: Any) -> None:
-    """A row per attribute, coarse ones first where that is known, a column per subset."""
-    from data_pipelines.avatars import attribute_granularity
-
-    granularity = attribute_granularity()
-    order = {"coarse": 0, "middle": 1, "fine": 2}
-    names = sorted(found.shares, key=lambda name: (order.get(granularity.get(name, ""), 3), name))
-    title = "share of each probe's squared weights by subset"
-    subsets = [name.replace(": time-steps ", "\n") for name in found.subsets]
-    table = Table(Column("attribute", no_wrap=True), "", *subsets, title=title)
-    total = sum(found.dims)
-    table.add_row("of the dimensions", "", *(f"{dims / total:.2f}" for dims in found.dims))
-    for name in names:
-        cells = [f"{share:.2f}" for share in found.shares[name]]
-        table.add_row(name, granularity.get(name, ""), *cells)
-    Console().print(table)
-
-
-def print_attribute_loss(found: Any) -> None:
-    """A row per attribute, first lost first: where half is gone, and precision by time-step, of
-    which every other one is shown."""
-    lost = {name: found.half_lost(name) for name in found.attributes}
-    names = sorted(lost, key=lambda name: math.inf if lost[name] is None else lost[name])
-    title = "average precision of what x_t still tells, on unseen images, by t"
-    steps = ["x_0" if t < 0 else str(t) for t in found.timesteps[::2]]
-    table = Table(Column("attribute", no_wrap=True), "half\nlost at", *steps, title=title)
-    for name in names:
-        half, number = lost[name], found.attributes.index(name)
-        cells = [f"{value:.2f}" for value in found.precision[::2, number]]
-        table.add_row(name, "never" if half is None else f"{half:.0f}", *cells)
-    Console().print(table)
-
-
-def print_few_shot(results: list[Any]) -> None:
-    """A row per feature, a column per number of shots: mean over the draws, and their spread."""
-    by_name: dict[str, list[Any]] = {}
-    for result in results:
-        by_name.setdefault(result.name, []).append(result)
-    first = next(iter(by_name.values()))
-    title = f"accuracy on unseen images, mean of {counted(len(first[0].attributes), 'attribute')}"
-    shots = [f"{result.shots} shots" for result in first]
-    feature = Column("feature", no_wrap=True)
-    table = Table(feature, "dims", *shots, title=f"{title} (spread over the draws)")
-    for name, some in by_name.items():
-        cells = [f"{result.mean:.3f} ({result.spread:.3f})" for result in some]
-        table.add_row(name, str(some[0].dims), *cells)
-    Console().print(table)
-
-
-def print_losses(losses: Any) -> None:
-    table = Table("feature given to the decoder", "loss", title="loss on unseen images")
-    table.add_row("none: backbone alone", f"{losses.backbone:.5f}")
-    table.add_row("the image's own (DiTi)", f"{losses.diti:.5f}")
-    table.add_row("another image's", f"{losses.shuffled:.5f}")
-    table.add_row("the average", f"{losses.mean:.5f}")
-    Console().print(table)
 
 
 def print_outlook(outlook: Outlook) -> None:
@@ -157,24 +82,6 @@ def print_replay(replayed: Replayed) -> None:
     Console().print(table)
     if len(worst) > MOST_ROWS:
         typer.echo(f"the {MOST_ROWS} of the largest loss, of {counted(len(worst), 'sample')}")
-
-
-def print_reconstructions(results: list[Reconstruction]) -> None:
-    table = Table(
-        "sampler",
-        "x_T inferred",
-        "x_T random",
-        "against the first",
-        title="squared error of pixels in [0, 1]",
-    )
-    for result in results:
-        table.add_row(
-            result.sampler,
-            f"{result.inferred:.6f}",
-            f"{result.random:.5f}",
-            f"{result.random_above_first:+.5f} ± {result.uncertainty:.5f}",
-        )
-    Console().print(table)
 
 
 def print_export_outlook(outlook: ExportOutlook) -> None:

@@ -153,11 +153,12 @@ def test_features_are_exported_probed_reported_and_read_with_pyarrow_alone(
     page, losses = make_report(
         runs.store,
         run_url=run_url(runs.undisturbed),
+        train_url=features["val"],
         test_url=features["test"],
         probes=probes,
     )
     assert "http://" not in page.split("<main>")[1]
-    assert page.count("data:image/png;base64,") == 5
+    assert page.count("data:image/png;base64,") == 7
     assert losses.diti < losses.backbone
 
     before = export_features(
@@ -173,6 +174,7 @@ def test_features_are_exported_probed_reported_and_read_with_pyarrow_alone(
         make_report(
             runs.store,
             run_url=run_url(runs.undisturbed),
+            train_url=features["val"],
             test_url=join(runs.url, "features", "before"),
             probes=probes,
         )

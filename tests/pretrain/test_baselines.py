@@ -37,7 +37,7 @@ from pretrain.trained import load_encoder
 from pretrain.world import World
 from tests.ranks import run_on_ranks
 from tests.tiny_run import make_run
-from tools.labels import labels_of, read_samples
+from tools.labels import attributes_of, read_samples
 
 STORE = ObjectStore()
 pytestmark = pytest.mark.usefixtures("world")
@@ -193,7 +193,7 @@ def test_each_image_comes_with_its_own_labels(tmp_path: Path, world: World) -> N
     batches = open_batches(STORE, index, order, config, plan, world, first_batch=0)
     batch = next(batches)
     batches.close()  # pyright: ignore[reportAttributeAccessIssue]
-    truth = labels_of(read_samples(STORE, index))
+    truth = attributes_of(read_samples(STORE, index))
     wanted = [truth.names.index(name) for name in ("dark_background", "glasses")]
     shards, rows = order.locate(batch.positions)
     places = [(index.shards[s].url, r) for s, r in zip(shards.tolist(), rows.tolist(), strict=True)]

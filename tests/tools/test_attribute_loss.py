@@ -12,7 +12,7 @@ from pretrain.world import World
 from tests.diti_command import diti
 from tests.tiny_run import make_run, make_shards
 from tools.attribute_loss import AttributeLoss, evaluate_attribute_loss
-from tools.tables import print_attribute_loss
+from tools.evaluation_tables import print_attribute_loss
 
 STORE = ObjectStore()
 

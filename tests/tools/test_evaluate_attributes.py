@@ -75,3 +75,51 @@ def test_the_weights_command_says_where_a_probe_looks(export: Export) -> None:
     assert table.exit_code == 0, table.stderr
     assert "glasses" in table.stdout
     assert "of the dimensions" in table.stdout
+
+
+def test_the_papers_probe_wants_three_sets_of_images(export: Export) -> None:
+    train, val, test = (export(split) for split in ("train", "val", "test"))
+    found = json.loads(diti("eval", "published-probe", train, val, test, "--json").stdout)
+    assert [row["dims"] for row in found] == [8, 4, 4]
+    assert found[0]["attributes"].keys() == found[2]["attributes"].keys()
+    for same in ((train, test, test), (train, train, test), (train, val, train)):
+        refused = diti("eval", "published-probe", *same)
+        assert refused.exit_code == 2
+        assert "that it has not seen" in refused.stderr
+
+
+@pytest.mark.parametrize("verb", ["knn", "linear"])
+def test_a_class_is_recognised_where_the_feature_holds_it(export: Export, verb: str) -> None:
+    halves = export("val"), export("test")
+    found = json.loads(diti("eval", verb, *halves, "--label", "glasses", "--json").stdout)
+    whole, first, second, _ = (row["accuracy"] for row in found)
+    assert [row["dims"] for row in found] == [8, 4, 4, 3072]
+    assert min(whole, first) > second + 0.1
+    table = diti("eval", verb, *halves, "--label", "glasses", "--no-pixels")
+    assert "recognition of glasses" in table.stdout
+    assert "raw pixels" not in table.stdout
+    refused = diti("eval", verb, *halves, "--label", "glases")
+    assert refused.exit_code == 2
+    assert "there is no label glases; there are: beard, eyes, flip, glasses" in refused.stderr
+
+
+def test_numbers_are_told_from_pixels_and_not_from_noise(export: Export) -> None:
+    halves = export("val"), export("test")
+    found = json.loads(diti("eval", "regression", *halves, "--json").stdout)
+    whole, *_, pixels = found
+    by_name = dict(zip(pixels["numbers"], pixels["pearson"], strict=True))
+    assert by_name["x"] > 0.5
+    assert abs(dict(zip(whole["numbers"], whole["pearson"], strict=True))["x"]) < 0.4
+    table = diti("eval", "regression", *halves)
+    assert "Pearson r" in table.stdout
+
+
+def test_what_lives_in_one_subset_leaks_into_no_other(export: Export) -> None:
+    halves = export("val"), export("test")
+    found = json.loads(diti("eval", "disentanglement", *halves, "--json").stdout)
+    assert found["leakage"]["subsets"] == ["z000: time-steps 0-100", "z001: time-steps 100-1000"]
+    inside, outside = found["leakage"]["attributes"]["glasses"]
+    assert inside > 0.9 > 0.4 > outside
+    table = diti("eval", "disentanglement", *halves)
+    assert table.exit_code == 0, table.stderr
+    assert "glasses" in table.stdout

@@ -5,6 +5,7 @@ import pytest
 from numpy.typing import NDArray
 
 from tools.few_shot import FewShotResult, Shortcut, few_shot, plan_tasks
+from tools.representations import Representation
 
 ATTRIBUTES = ("glasses", "rare", "male")
 N = 1_000
@@ -32,8 +33,8 @@ def run(
 ):
     tasks = plan_tasks(TRAIN_Y, ATTRIBUTES, shots=shots, draws=10, shortcut=shortcut)
     train_x, test_x = feature(TRAIN_Y, 3, **strengths), feature(TEST_Y, 4, **strengths)
-    values = train_x[:, dims], TRAIN_Y, test_x[:, dims], TEST_Y
-    return few_shot("tested", tasks, *values, ATTRIBUTES, shortcut)
+    tested = Representation("tested", train_x[:, dims], TRAIN_Y, test_x[:, dims], TEST_Y)
+    return few_shot(tested, tasks, ATTRIBUTES, shortcut)
 
 
 def of(result: FewShotResult, attribute: str) -> NDArray[np.float64]:
@@ -85,7 +86,9 @@ def test_accuracy_under_a_shortcut_weighs_the_four_combinations_alike() -> None:
     train_x, test_x = (feature(y, 5, male=9.0) for y in (TRAIN_Y, skewed))
     names = ("glasses", "male")
     tasks = plan_tasks(halves[0], names, shots=20, draws=2, shortcut=SHORTCUT)
-    result = few_shot("male", tasks, train_x, halves[0], test_x, halves[1], names, SHORTCUT)
+    result = few_shot(
+        Representation("male", train_x, halves[0], test_x, halves[1]), tasks, names, SHORTCUT
+    )
     assert result.accuracy == pytest.approx(0.5, abs=0.02)
 
 
@@ -131,4 +134,4 @@ def test_what_cannot_be_is_refused() -> None:
     x, y = feature(TEST_Y, 4)[:10], np.zeros((10, 3), np.int8)
     y[:5] = (1, 0, 1)
     with pytest.raises(ValueError, match="10 test samples do not have both values of rare"):
-        few_shot("tested", tasks, feature(TRAIN_Y, 3), TRAIN_Y, x, y, ATTRIBUTES)
+        few_shot(Representation("tested", feature(TRAIN_Y, 3), TRAIN_Y, x, y), tasks, ATTRIBUTES)

@@ -14,13 +14,20 @@ from data_pipelines.shard_index import publish_shard, read_index, write_index
 from data_pipelines.shard_writer import write_shard
 from tests.tars import tar_of
 from tests.tiny_run import make_shards
-from tools.labels import Labels, labels_of, read_pixels, read_samples
+from tools.labels import (
+    Labels,
+    attributes_of,
+    classes_of,
+    numbers_of,
+    read_pixels,
+    read_samples,
+)
 
 STORE = ObjectStore()
 
 
 def read_labels(store: ObjectStore, url: str) -> Labels:
-    return labels_of(read_samples(store, read_index(store, url)))
+    return attributes_of(read_samples(store, read_index(store, url)))
 
 
 SPEC = AvatarSpec(split="val")
@@ -101,10 +108,10 @@ GOOD = {"attributes": {"hat": 1, "smiling": 0}}
         ({"caption": "a face"}, "KeyError: 'attributes'"),
         ({"attributes": ["hat"]}, "AttributeError"),
         ({"attributes": None}, "AttributeError"),
-        ({"attributes": {"hat": "yes", "smiling": 0}}, "{'hat': 'yes'} is neither 0 nor 1"),
-        ({"attributes": {"hat": 2, "smiling": 0}}, "{'hat': 2} is neither 0 nor 1"),
-        ({"attributes": {"hat": 0.5, "smiling": 0}}, "{'hat': 0.5} is neither 0 nor 1"),
-        ({"attributes": {"hat": 1, "smiling": None}}, "{'smiling': None} is neither 0 nor 1"),
+        ({"attributes": {"hat": "yes", "smiling": 0}}, "{'hat': 'yes'} is not 0 or 1"),
+        ({"attributes": {"hat": 2, "smiling": 0}}, "{'hat': 2} is not 0 or 1"),
+        ({"attributes": {"hat": 0.5, "smiling": 0}}, "{'hat': 0.5} is not 0 or 1"),
+        ({"attributes": {"hat": 1, "smiling": None}}, "{'smiling': None} is not 0 or 1"),
     ],
 )
 def test_a_sample_without_usable_labels_is_named(
@@ -114,13 +121,45 @@ def test_a_sample_without_usable_labels_is_named(
     with pytest.raises(ValueError, match=f"sample 000000001 of {url}/00000.tar has no labels") as e:
         read_labels(STORE, url)
     assert reason in str(e.value)
-    assert "its json needs `attributes` of 0 and 1" in str(e.value)
+    assert "its json needs `attributes`, each 0 or 1" in str(e.value)
+
+
+def test_numbers_and_classes_are_read_like_attributes(tmp_path: Path):
+    described = [
+        {"numeric": {"x": 1, "y": -2.5}, "classes": {"top": "cap", "mouth": "frown"}},
+        {"numeric": {"y": 0, "x": 4}, "classes": {"mouth": "laugh", "top": "none"}},
+    ]
+    samples = read_samples(STORE, read_index(STORE, write_labelled(tmp_path, *described)))
+    numbers, classes = numbers_of(samples), classes_of(samples)
+    assert (numbers.names, numbers.values.tolist()) == (("x", "y"), [[1, -2.5], [4, 0]])
+    assert classes.names == ("mouth", "top")
+    assert classes.values.tolist() == [["frown", "cap"], ["laugh", "none"]]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("numeric", "1", "{'x': '1'} is not a finite number"),
+        ("numeric", True, "{'x': True} is not a finite number"),
+        ("numeric", float("nan"), "{'x': nan} is not a finite number"),
+        ("numeric", float("inf"), "{'x': inf} is not a finite number"),
+        ("classes", 3, "{'x': 3} is not text"),
+        ("classes", None, "{'x': None} is not text"),
+    ],
+)
+def test_a_label_of_another_kind_is_named(tmp_path: Path, field: str, value: Any, reason: str):
+    url = write_labelled(tmp_path, {field: {"x": value}})
+    read = {"numeric": numbers_of, "classes": classes_of}[field]
+    with pytest.raises(ValueError, match=r"sample 000000000 of .* has no labels") as e:
+        read(read_samples(STORE, read_index(STORE, url)))
+    assert reason in str(e.value)
+    assert f"its json needs `{field}`" in str(e.value)
 
 
 def test_a_sample_without_json_is_named():
     sample = {"__key__": "a1", "__url__": "s3://b/0.tar", "jpg": b""}
     with pytest.raises(ValueError, match=r"sample a1 of s3://b/0\.tar has no labels \(KeyError"):
-        labels_of([sample])
+        attributes_of([sample])
 
 
 @pytest.mark.parametrize("attributes", [{"hat": 1}, {"hat": 1, "smiling": 0, "beard": 0}])
@@ -139,7 +178,7 @@ def test_attributes_may_stand_in_any_order_and_be_booleans():
         described = json.dumps({"attributes": attributes}).encode()
         return {"__key__": key, "__url__": "u", "__row__": 0, "json": described}
 
-    labels = labels_of(
+    labels = attributes_of(
         [sample("a", {"hat": 1, "smiling": 0}), sample("b", {"smiling": True, "hat": False})]
     )
     assert labels.names == ("hat", "smiling")

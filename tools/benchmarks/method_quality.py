@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
-from statistics import mean
 
 import torch
 
@@ -33,7 +32,7 @@ from tools.attribute_probe import ProbeResult
 from tools.demo import make_splits
 from tools.evaluate_attributes import evaluate_attributes
 from tools.evaluate_few_shot import evaluate_few_shot
-from tools.few_shot import FewShotResult, Shortcut
+from tools.few_shot import FewShotResult, Shortcut, best_subset
 
 RECIPE = "avatars32_diti.yaml"
 RESULTS = Path(__file__).parent / "results" / "method_quality"
@@ -153,7 +152,7 @@ def run_row(folder: Path, row: str, seed: int, *, use_gpu: bool = False) -> Resu
         attributes=dict(zip(last.attributes, last.average_precision, strict=True)),
         few_shot=_of_feature(plain, plain[0].name),
         misled=_of_feature(misled, misled[0].name),
-        misled_best_subset=_of_feature(misled, _best_subset(misled)),
+        misled_best_subset=_of_feature(misled, best_subset(misled)),
     )
 
 
@@ -213,12 +212,6 @@ def _few_shot(
 
 def _of_feature(results: list[FewShotResult], name: str) -> dict[str, float]:
     return {str(result.shots): result.mean for result in results if result.name == name}
-
-
-def _best_subset(results: list[FewShotResult]) -> str:
-    """Of one subset only it is the feature itself."""
-    whole, *subsets = dict.fromkeys(result.name for result in results)
-    return max(subsets or [whole], key=lambda name: mean(r.mean for r in results if r.name == name))
 
 
 def _precision(probe: ProbeResult, images: int) -> Precision:

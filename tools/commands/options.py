@@ -21,6 +21,18 @@ AuthorsConfig = Annotated[
 ]
 Ema = Annotated[bool, typer.Option("--ema/--no-ema", help="Averaged weights, or the online ones.")]
 Run = Annotated[str | None, typer.Argument(metavar="RUN", help="The run's folder: OUTPUT/NAME.")]
+TrainFeatures = Annotated[
+    str, typer.Argument(metavar="TRAIN", help="Features that the probe learns on.")
+]
+TestFeatures = Annotated[str, typer.Argument(metavar="TEST", help="Features that it is scored on.")]
+Label = Annotated[
+    str, typer.Option(help="Name of the classes, under `classes` in each sample's json.")
+]
+Pixels = Annotated[bool, typer.Option(help="Also probe the raw pixels.")]
+Misleading = Annotated[
+    str | None,
+    typer.Option(help="An attribute that misleads: it agrees in most examples, not in TEST."),
+]
 Step = Annotated[
     int | None,
     typer.Option(min=0, help="Checkpoint; 0 is the untrained encoder. Default: newest."),

@@ -13,6 +13,7 @@ from tools.commands.options import (
     AuthorsConfig,
     Ema,
     LocalDir,
+    Misleading,
     Overrides,
     Run,
     Step,
@@ -23,13 +24,8 @@ from tools.commands.options import (
     not_empty,
 )
 from tools.commands.outcome import clear_errors
-from tools.tables import (
-    counted,
-    print_export_outlook,
-    print_losses,
-    print_outlook,
-    print_probes,
-)
+from tools.evaluation_tables import print_losses, print_probes
+from tools.tables import counted, print_export_outlook, print_outlook
 
 
 def demo(
@@ -260,6 +256,7 @@ def report(
         str, typer.Option(metavar="URL", help="Features that probes are scored on.")
     ],
     untrained: Untrained = None,
+    shortcut: Misleading = None,
     out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
 ) -> None:
     """One self-contained HTML page about a run: losses, pictures, probes.
@@ -280,7 +277,13 @@ def report(
             )
         with working("reading the run") as say:
             page, losses = make_report(
-                store, run_url=run, test_url=test_features, probes=probes, say=say
+                store,
+                run_url=run,
+                train_url=train_features,
+                test_url=test_features,
+                probes=probes,
+                shortcut=shortcut,
+                say=say,
             )
         out.write_text(page, encoding="utf-8")
         print_losses(losses)
