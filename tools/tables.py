@@ -26,6 +26,11 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
+def size_of(index: Any) -> str:
+    """A shard set's, for a line of text."""
+    return f"{counted(index.num_samples, 'sample')} in {counted(len(index.shards), 'shard')}"
+
+
 def print_probes(results: list[Any]) -> None:
     from data_pipelines.avatars import attribute_granularity
 
