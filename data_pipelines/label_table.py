@@ -127,15 +127,17 @@ def _csv_lines(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
 
 def _celeba_lines(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
     """The names come without one for the column of images: it is added."""
-    lines = [(n, line.split()) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-    stated = int(lines[0][1][0])
+    lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    stated = int(lines[0][1])
     if stated != len(lines) - 2:
         raise LabelTableError(
             f"{path}, line 1: says {stated} images, and {max(len(lines) - 2, 0)} lines of labels "
             f"follow the line of names; is the file cut?"
         )
-    yield lines[1][0], ["image", *lines[1][1]]
-    yield from lines[2:]
+    header_line, names = lines[1]
+    yield header_line, ["image", *names.split()]
+    for number, line in lines[2:]:
+        yield number, line.split()
 
 
 def _check_header(path: Path, line: int, names: Sequence[str]) -> None:
@@ -175,18 +177,19 @@ def _column(path: Path, at: int, name: str, rows: Sequence[LabelRow]) -> Column:
         return Column(name, "attributes")
     numbers = {float(cell) for cell in distinct if _NUMBER.fullmatch(cell)}
     texts = {cell for cell in distinct if not _NUMBER.fullmatch(cell)}
-    if numbers and all(cell.lower() in _NO_NUMBER for cell in texts):
-        _check_numbers(path, at, name, rows)
-        binary = numbers <= {0, 1} or numbers <= {-1, 1}
-        return Column(name, "attributes" if binary else "numeric")
-    return Column(name, "classes")
+    if not numbers or not all(cell.lower() in _NO_NUMBER for cell in texts):
+        return Column(name, "classes")
+    if texts or not all(map(math.isfinite, numbers)):
+        raise _not_finite(path, at, name, rows)
+    return Column(name, "attributes" if numbers <= {0, 1} or numbers <= {-1, 1} else "numeric")
 
 
-def _check_numbers(path: Path, at: int, name: str, rows: Iterable[LabelRow]) -> None:
-    for row in rows:
-        cell = row.cells[at]
-        if not _NUMBER.fullmatch(cell) or not math.isfinite(float(cell)):
-            raise LabelTableError(
-                f"{path}, line {row.line}: {cell[:_SHOWN_CHARACTERS]!r} in column {name} is no "
-                f"finite number, as the others are; take out the line or the column"
-            )
+def _not_finite(path: Path, at: int, name: str, rows: Iterable[LabelRow]) -> LabelTableError:
+    def is_finite(cell: str) -> bool:
+        return bool(_NUMBER.fullmatch(cell)) and math.isfinite(float(cell))
+
+    row = next(row for row in rows if not is_finite(row.cells[at]))
+    return LabelTableError(
+        f"{path}, line {row.line}: {row.cells[at][:_SHOWN_CHARACTERS]!r} in column {name} is no "
+        f"finite number, as the others are; take out the line or the column"
+    )
