@@ -15,8 +15,6 @@ another. That is what makes the two special kinds of data set exact:
 from __future__ import annotations
 
 import difflib
-import hashlib
-import io
 import itertools
 import json
 import math
@@ -27,10 +25,6 @@ from importlib import resources
 from typing import Any, Final, Literal, get_args
 
 import dicebear
-import numpy as np
-import resvg_py
-import simplejpeg
-from PIL import Image
 
 from data_pipelines.avatar_style import (
     ATTRIBUTES,
@@ -45,6 +39,7 @@ from data_pipelines.avatar_style import (
     labels_of,
     options_of,
 )
+from data_pipelines.drawing import jpeg_of_svg, pick, uniform
 
 Split = Literal["train", "val", "test"]
 
@@ -149,12 +144,12 @@ def draw_avatar(spec: AvatarSpec, row: int) -> AvatarSample:
         raise ValueError(f"Avatar rows are numbered from 0; got row {row}.")
     seed = _seed_string(spec, row)
     face = _face(spec, row, seed)
-    options = options_of(face, seed, lambda name: _uniform(seed, name))
+    options = options_of(face, seed, lambda name: uniform(seed, name))
     svg, used = _render(spec.style, options)
     metadata = _metadata(spec, seed, used)
     if spec.pairs is not None:
         metadata["pair"] = {"attribute": spec.pairs, "index": row // 2, "other_row": row ^ 1}
-    return AvatarSample(key=str(row), jpeg=_jpeg(svg, spec.size_px), metadata=metadata)
+    return AvatarSample(key=str(row), jpeg=jpeg_of_svg(svg, spec.size_px), metadata=metadata)
 
 
 def _check_choice(field: str, value: object, valid: Collection[object]) -> None:
@@ -189,21 +184,6 @@ def _seed_string(spec: AvatarSpec, row: int) -> str:
     return f"{spec.seed}/{spec.split}/{row if spec.pairs is None else row // 2}"
 
 
-def _uniform(seed: str, name: str) -> float:
-    """A number in [0, 1), independent for every (seed, name)."""
-    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
-    return (int.from_bytes(digest, "big") >> 11) * 2.0**-53
-
-
-def _pick(weights: Mapping[str, int], uniform: float) -> str:
-    remaining = uniform * sum(weights.values())
-    for value, weight in weights.items():
-        remaining -= weight
-        if remaining < 0:
-            return value
-    return list(weights)[-1]  # uniform just below 1 can round up to the whole sum
-
-
 def _face(spec: AvatarSpec, row: int, seed: str) -> Face:
     face = _plain_face(seed)
     if spec.correlate is not None:
@@ -214,15 +194,13 @@ def _face(spec: AvatarSpec, row: int, seed: str) -> Face:
 
 
 def _plain_face(seed: str) -> Face:
-    return {
-        feature: _pick(weights, _uniform(seed, feature)) for feature, weights in WEIGHTS.items()
-    }
+    return {feature: pick(weights, uniform(seed, feature)) for feature, weights in WEIGHTS.items()}
 
 
 def _correlated(face: Face, correlation: Correlation, seed: str) -> Face:
     first, second = _BY_NAME[correlation.first], _BY_NAME[correlation.second]
     leader = first.holds(face)
-    follower = leader == (_uniform(seed, "correlate") < correlation.probability)
+    follower = leader == (uniform(seed, "correlate") < correlation.probability)
     if second.holds(face) == follower:
         return face
     features = _features(second)
@@ -237,7 +215,7 @@ def _one_of_pair(face: Face, attribute: Attribute, turned_over: bool, seed: str)
     for feature, values in conditions:
         if face[feature] not in values:
             weights = {v: weight for v, weight in WEIGHTS[feature].items() if v in values}
-            face = face | {feature: _pick(weights, _uniform(seed, f"{feature}.visible"))}
+            face = face | {feature: pick(weights, uniform(seed, f"{feature}.visible"))}
     if not turned_over:
         return face
     return _nearest_face(face, {attribute.name: not attribute.holds(face)}, (own[0],), seed)
@@ -272,7 +250,7 @@ def _nearest_face(
         str(index): math.prod(WEIGHTS[feature][other[feature]] for feature in features)
         for index, other in enumerate(nearest)
     }
-    return nearest[int(_pick(weights, _uniform(seed, "nearest")))]
+    return nearest[int(pick(weights, uniform(seed, "nearest")))]
 
 
 @lru_cache(maxsize=len(STYLES))
@@ -304,14 +282,3 @@ def _metadata(spec: AvatarSpec, seed: str, used: Mapping[str, Any]) -> dict[str,
         "width": spec.size_px,
         "height": spec.size_px,
     }
-
-
-def _jpeg(svg: str, size_px: int) -> bytes:
-    # Straight to the final size: drawing at 2x or 4x and averaging made the mouths paler.
-    png = resvg_py.svg_to_bytes(
-        svg_string=svg, width=size_px, height=size_px, skip_system_fonts=True
-    )
-    pixels = np.asarray(Image.open(io.BytesIO(bytes(png))).convert("RGB"))
-    return simplejpeg.encode_jpeg(
-        np.ascontiguousarray(pixels), quality=95, colorspace="RGB", colorsubsampling="444"
-    )

@@ -47,6 +47,22 @@ def decode_image(data: bytes, size_px: int) -> NDArray[np.uint8]:
     return out
 
 
+def decode_whole(data: bytes) -> NDArray[np.uint8]:
+    """Every pixel of the image, turned upright; (height, width, 3) uint8 RGB.
+
+    Raises:
+        DecodeError: as `decode_image`.
+    """
+    if data[:2] == b"\xff\xd8":
+        return _upright(_decode_jpeg(data, None, None)[0], data)
+    return _upright(_decode_other(data), data)
+
+
+def centre_square(pixels: NDArray[np.uint8], size_px: int) -> NDArray[np.uint8]:
+    """The centre square of whole pixels, resized; (size_px, size_px, 3) uint8."""
+    return _resized_square(pixels, size_px, 1.0, 0.5)
+
+
 def decode_image_into(out: NDArray[np.uint8], data: bytes, place: float) -> None:
     """The same into a contiguous array of that shape. After an error, its content is not defined.
 
@@ -91,32 +107,33 @@ def _resized_square(
     return np.asarray(resized)
 
 
-def _upright(square: NDArray[np.uint8], data: bytes) -> NDArray[np.uint8]:
-    """Turned and mirrored as the EXIF orientation says; the centre square stays the centre."""
+def _upright(pixels: NDArray[np.uint8], data: bytes) -> NDArray[np.uint8]:
+    """Turned and mirrored as the EXIF orientation says; a centre square stays the centre."""
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", *FORMATS)) as image:
             turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
     except (OSError, SyntaxError, ValueError, struct.error):
-        return square  # broken metadata around sound pixels
+        return pixels  # broken metadata around sound pixels
     if turn is None:
-        return square
-    return np.asarray(Image.fromarray(square).transpose(turn))
+        return pixels
+    return np.asarray(Image.fromarray(pixels).transpose(turn))
 
 
 def _decode_jpeg(
-    data: bytes, size_px: int, out: NDArray[np.uint8]
+    data: bytes, size_px: int | None, out: NDArray[np.uint8] | None
 ) -> tuple[NDArray[np.uint8], float]:
     """Its pixels, and their scale: 1, or the smallest of 1/2, 1/4 and 1/8 that is large enough.
 
-    The pixels are `out` where they fit as they are.
+    The pixels are `out` where they fit as they are. Without a size they are all there.
     """
     try:
         height, width = (int(side) for side in simplejpeg.decode_jpeg_header(data)[:2])
         _check_size(width, height)
-        if height == width == size_px:
+        if out is not None and height == width == size_px:
             simplejpeg.decode_jpeg(data, colorspace="RGB", buffer=out)
             return out, 1.0
-        shrunk = max((n for n in (1, 2, 4, 8) if min(height, width) >= n * size_px), default=1)
+        scales = (1, 2, 4, 8) if size_px is not None else ()
+        shrunk = max((n for n in scales if min(height, width) >= n * (size_px or 0)), default=1)
         pixels = simplejpeg.decode_jpeg(
             data,
             colorspace="RGB",

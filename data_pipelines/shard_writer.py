@@ -33,10 +33,23 @@ def write_shard(
     store: ObjectStore, url: str, number: int, samples: Iterable[tuple[bytes, dict[str, Any]]]
 ) -> Shard:
     """Publish shard `number` from (JPEG bytes, metadata) pairs; returns its line of the index."""
+    keyed = (
+        (sample_key(number, row), "jpg", jpeg, metadata)
+        for row, (jpeg, metadata) in enumerate(samples)
+    )
+    return write_keyed_shard(store, url, number, keyed)
+
+
+def write_keyed_shard(
+    store: ObjectStore,
+    url: str,
+    number: int,
+    samples: Iterable[tuple[str, str, bytes, dict[str, Any]]],
+) -> Shard:
+    """The same from (key, extension of the image, its bytes, metadata)."""
     buffer = io.BytesIO()
     with TarWriter(buffer, encoder=False, mtime=0, user="diti", group="diti") as tar:
-        for row, (jpeg, metadata) in enumerate(samples):
-            key = sample_key(number, row)
+        for key, extension, image, metadata in samples:
             described = json.dumps({"key": key, **metadata}, sort_keys=True).encode()
-            tar.write({"__key__": key, "jpg": jpeg, "json": described})
+            tar.write({"__key__": key, extension: image, "json": described})
     return publish_shard(store, url, shard_name(number), buffer.getvalue())

@@ -1,19 +1,33 @@
-"""`diti data make avatars`: render the built-in data set into shards, in parallel."""
+"""`diti data make`: write a whole shard set in parallel, a process for every shard in work."""
 
 import math
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
+from pathlib import Path
 
 from data_pipelines.avatars import AvatarSpec, draw_avatar
+from data_pipelines.emoji import EmojiSpec, draw_emoji
+from data_pipelines.emoji_art import load_art
+from data_pipelines.image_import import BadImagesError, FolderShard, import_images
 from data_pipelines.object_store import AlreadyExistsError, ObjectStore, join
 from data_pipelines.shard_index import INDEX_NAME, Shard, ShardIndex, write_index
-from data_pipelines.shard_writer import ROWS_PER_SHARD_LIMIT, shard_name, write_shard
+from data_pipelines.shard_writer import (
+    ROWS_PER_SHARD_LIMIT,
+    shard_name,
+    write_keyed_shard,
+    write_shard,
+)
+
+WriteShard = Callable[[ObjectStore, str, int], Shard]
+"""Writes the shard of that number below that URL. It must be picklable: it goes to a process."""
+OnShard = Callable[[int], None]
 
 
 def make_avatars(
@@ -24,29 +38,125 @@ def make_avatars(
     *,
     rows_per_shard: int,
     workers: int,
-    on_shard: Callable[[int], None] = lambda images: None,
+    on_shard: OnShard = lambda images: None,
 ) -> ShardIndex:
     """Write `count` avatars below `url` as shards of `rows_per_shard`, then their index.
-
-    The result does not depend on `workers`. `on_shard` is told the images of each finished shard.
 
     Raises:
         ValueError: count or rows_per_shard is not positive, or the spec is refused.
         AlreadyExistsError: there is a shard set at `url`; sets are not overwritten.
     """
+    parts = _parts_of(count, rows_per_shard)
+    draw_avatar(spec, 0)  # a spec that cannot be drawn is refused here, not in every worker
+    if spec.pairs is not None and count % 2:
+        raise ValueError(f"pairs need an even count, got {count}; the last row would have none")
+    shards = [partial(_write_avatars, spec, rows) for rows in parts]
+    return write_set(shards, store, url, workers=workers, on_shard=on_shard)
+
+
+def make_emoji(
+    spec: EmojiSpec,
+    packages: Path,
+    count: int,
+    store: ObjectStore,
+    url: str,
+    *,
+    rows_per_shard: int,
+    workers: int,
+    on_shard: OnShard = lambda images: None,
+) -> ShardIndex:
+    """The same with emoji, whose art is in the folder `packages` (`fetch_packages`).
+
+    Raises:
+        ValueError: as `make_avatars`.
+        PackageError: a package is missing or damaged.
+        AlreadyExistsError: there is a shard set at `url`.
+    """
+    parts = _parts_of(count, rows_per_shard)
+    draw_emoji(spec, load_art(packages), 0)
+    shards = [partial(_write_emoji, spec, packages, rows) for rows in parts]
+    return write_set(shards, store, url, workers=workers, on_shard=on_shard)
+
+
+def import_folder(
+    shards: Sequence[FolderShard],
+    store: ObjectStore,
+    url: str,
+    *,
+    workers: int,
+    on_shard: OnShard = lambda images: None,
+) -> ShardIndex:
+    """Write the images of a folder (`plan_folder`) below `url`, then their index.
+
+    Raises:
+        BadImagesError: names every image that cannot be used; then there is no index.
+        AlreadyExistsError: there is a shard set at `url`.
+    """
+    writers = [partial(_write_images, shard) for shard in shards]
+    return write_set(writers, store, url, workers=workers, on_shard=on_shard)
+
+
+def write_set(
+    shards: Sequence[WriteShard],
+    store: ObjectStore,
+    url: str,
+    *,
+    workers: int,
+    on_shard: OnShard = lambda images: None,
+) -> ShardIndex:
+    """Write these shards below `url`, then their index. The result does not depend on `workers`.
+
+    `on_shard` is told the images of each finished shard.
+
+    Raises:
+        BadImagesError: from all the shards together.
+        AlreadyExistsError: there is a shard set at `url`; sets are not overwritten.
+    """
+    _check_vacant(store, url, len(shards))
+    written: dict[int, Shard] = {}
+    problems: list[str] = []
+    # Fresh processes: the store's client must not be forked.
+    context = get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
+        with _interrupts_wait():
+            tasks = {
+                pool.submit(write, store, url, number): number
+                for number, write in enumerate(shards)
+            }
+        try:
+            for task in as_completed(tasks):
+                try:
+                    written[tasks[task]] = task.result()
+                except BadImagesError as error:  # the others are looked at, to name all at once
+                    problems += error.problems
+                else:
+                    on_shard(task.result().num_samples)
+        except BaseException:  # Ctrl-C too: what has not begun is not begun any more
+            pool.shutdown(cancel_futures=True)
+            raise
+    if problems:
+        raise BadImagesError(sorted(problems))
+    return write_index(store, url, [written[number] for number in range(len(shards))])
+
+
+def _parts_of(count: int, rows_per_shard: int) -> list[range]:
+    """The rows of each shard."""
     if count < 1 or not 1 <= rows_per_shard <= ROWS_PER_SHARD_LIMIT:
         raise ValueError(
             f"count must be at least 1 and rows per shard 1 to {ROWS_PER_SHARD_LIMIT}, got {count} "
             f"and {rows_per_shard}"
         )
-    draw_avatar(spec, 0)  # a spec that cannot be drawn is refused here, not in every worker
-    if spec.pairs is not None and count % 2:
-        raise ValueError(f"pairs need an even count, got {count}; the last row would have none")
+    return [
+        range(number * rows_per_shard, min((number + 1) * rows_per_shard, count))
+        for number in range(math.ceil(count / rows_per_shard))
+    ]
+
+
+def _check_vacant(store: ObjectStore, url: str, num_shards: int) -> None:
     if store.exists(join(url, INDEX_NAME)):
         raise AlreadyExistsError(
             f"{url} holds a shard set already; delete that folder, or choose another one"
         )
-    num_shards = math.ceil(count / rows_per_shard)
     names = {join(url, shard_name(number)) for number in range(num_shards)}
     found = [info.url for info in store.list(url) if info.url.endswith(".tar")]
     if strangers := sorted(set(found) - names):
@@ -54,30 +164,6 @@ def make_avatars(
             f"{url} holds {len(strangers)} tars that would not belong to this set, first "
             f"{strangers[0]}; delete that folder, or choose another one"
         )
-    shards: dict[int, Shard] = {}
-    # Fresh processes: the store's client must not be forked.
-    context = get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
-        with _interrupts_wait():
-            tasks = {
-                pool.submit(
-                    _write_avatar_shard,
-                    spec,
-                    number,
-                    range(number * rows_per_shard, min((number + 1) * rows_per_shard, count)),
-                    store,
-                    url,
-                ): number
-                for number in range(num_shards)
-            }
-        try:
-            for task in as_completed(tasks):
-                shards[tasks[task]] = task.result()
-                on_shard(task.result().num_samples)
-        except BaseException:  # Ctrl-C too: what has not begun is not begun any more
-            pool.shutdown(cancel_futures=True)
-            raise
-    return write_index(store, url, [shards[number] for number in range(num_shards)])
 
 
 def _end_with_parent() -> None:
@@ -102,8 +188,20 @@ def _interrupts_wait() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _write_avatar_shard(
-    spec: AvatarSpec, number: int, rows: range, store: ObjectStore, url: str
+def _write_avatars(
+    spec: AvatarSpec, rows: range, store: ObjectStore, url: str, number: int
 ) -> Shard:
     drawn = (draw_avatar(spec, row) for row in rows)
     return write_shard(store, url, number, ((face.jpeg, face.metadata) for face in drawn))
+
+
+def _write_emoji(
+    spec: EmojiSpec, packages: Path, rows: range, store: ObjectStore, url: str, number: int
+) -> Shard:
+    art = load_art(packages)  # once in every process
+    drawn = (draw_emoji(spec, art, row) for row in rows)
+    return write_shard(store, url, number, ((one.jpeg, one.metadata) for one in drawn))
+
+
+def _write_images(shard: FolderShard, store: ObjectStore, url: str, number: int) -> Shard:
+    return write_keyed_shard(store, url, number, import_images(shard))

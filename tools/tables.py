@@ -25,6 +25,11 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
+def size_of(index: Any) -> str:
+    """A shard set's, for a line of text."""
+    return f"{counted(index.num_samples, 'sample')} in {counted(len(index.shards), 'shard')}"
+
+
 def print_outlook(outlook: Outlook) -> None:
     plan = outlook.plan
     times = f" x {plan.accumulation} times" if plan.accumulation > 1 else ""

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from data_pipelines import decoding
-from data_pipelines.decoding import DecodeError, decode_image
+from data_pipelines.decoding import DecodeError, centre_square, decode_image, decode_whole
 
 COLOURS = np.array([[[200, 40, 40], [40, 200, 40]], [[40, 40, 200], [180, 180, 60]]], np.uint8)
 QUADRANTS = Image.fromarray(COLOURS.repeat(24, axis=0).repeat(24, axis=1))  # 48 x 48
@@ -120,6 +120,25 @@ def test_resizing_filters_rather_than_picks(width: int, height: int):
     assert np.abs(pixels - reference).max() <= 1
     picked = np.asarray(square.resize((16, 16), Image.Resampling.NEAREST)).astype(int)
     assert np.abs(pixels - picked).max() > 20
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_a_whole_image_has_every_pixel_and_its_centre_square_is_what_decoding_gives(kind: str):
+    noise = np.random.default_rng(0).integers(0, 256, (30, 64, 3), np.uint8)
+    data = encoded(Image.fromarray(noise), kind, quality=100, subsampling=0)
+    whole = decode_whole(data)
+    assert whole.shape == (30, 64, 3)
+    assert np.abs(whole.astype(int) - noise).max() <= (8 if kind == "JPEG" else 0)
+    assert (centre_square(whole, 20) == decode_image(data, 20)).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_whole_image_is_turned_upright(orientation: int):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(stripes([(255, 0, 0), (0, 255, 0), (0, 0, 255)]), "PNG", exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert (decode_whole(data) == np.asarray(upright)).all()
 
 
 # ------------------------------------------------------------------------------------ hostile bytes

@@ -1,14 +1,21 @@
-"""Making the avatar set: the same shards whatever the number of processes."""
+"""Making shard sets: the same shards whatever the number of processes."""
 
+import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from data_pipelines.avatars import AvatarSpec, draw_avatar
+from data_pipelines.emoji import EmojiSpec, draw_emoji
+from data_pipelines.emoji_art import load_art
+from data_pipelines.image_folder import plan_folder
+from data_pipelines.image_import import BadImagesError, FolderShard, Treatment
 from data_pipelines.object_store import AlreadyExistsError, ObjectStore
-from data_pipelines.shard_index import ShardIndex, read_index, verify_listing
+from data_pipelines.shard_index import INDEX_NAME, ShardIndex, read_index, verify_listing
+from tests.emoji_art import real_packages
 from tools.labels import read_samples
-from tools.make_data import make_avatars
+from tools.make_data import import_folder, make_avatars, make_emoji
 
 STORE = ObjectStore()
 SPEC = AvatarSpec(split="test")
@@ -73,3 +80,64 @@ def test_nothing_to_make_is_refused(tmp_path: Path, count: int, rows_per_shard: 
     with pytest.raises(ValueError, match=f"1 to 10000, got {count} and {rows_per_shard}"):
         make(tmp_path, workers=1, count=count, rows_per_shard=rows_per_shard)
     assert STORE.list(str(tmp_path)) == []
+
+
+# ----------------------------------------------------------------------------------------- emoji
+
+
+def test_processes_draw_the_same_emoji_as_this_one(tmp_path: Path) -> None:
+    packages, spec = real_packages(), EmojiSpec(split="val")
+    made = make_emoji(spec, packages, 5, STORE, str(tmp_path / "set"), rows_per_shard=3, workers=2)
+    assert made.sizes.tolist() == [3, 2]
+    art = load_art(packages)
+    for row, sample in enumerate(read_samples(STORE, made)):
+        expected = draw_emoji(spec, art, row)
+        assert sample["jpg"] == expected.jpeg
+        described = json.loads(sample["json"])
+        assert described == {"key": sample["__key__"], **expected.metadata}
+    with pytest.raises(AlreadyExistsError):
+        make_emoji(spec, packages, 5, STORE, str(tmp_path / "set"), rows_per_shard=3, workers=1)
+
+
+# ---------------------------------------------------------------------------------------- folders
+
+
+def folder_of(path: Path, count: int) -> list[FolderShard]:
+    path.mkdir()
+    for number in range(count):
+        Image.new("RGB", (9, 9), (number, 0, 0)).save(path / f"{number}.png")
+    return plan_folder(path, treatment=Treatment(), rows_per_shard=2)
+
+
+def test_an_imported_folder_can_be_read_and_is_the_same_from_any_number_of_processes(
+    tmp_path: Path,
+) -> None:
+    shards = folder_of(tmp_path / "images", 5)
+    one, two = (
+        import_folder(shards, STORE, str(tmp_path / f"by{workers}"), workers=workers)
+        for workers in (1, 2)
+    )
+    assert one.digest == two.digest
+    assert read_index(STORE, two.url) == two
+    verify_listing(STORE, two)
+    samples = read_samples(STORE, two)
+    assert [sample["__key__"] for sample in samples] == ["0", "1", "2", "3", "4"]
+    assert samples[4]["png"] == (tmp_path / "images" / "4.png").read_bytes()
+    assert json.loads(samples[4]["json"]) == {
+        "key": "4",
+        "path": "4.png",
+        "width": 9,
+        "height": 9,
+    }
+
+
+def test_bad_images_of_every_shard_are_named_together_and_there_is_no_set(tmp_path: Path) -> None:
+    shards = folder_of(tmp_path / "images", 6)
+    for number in (1, 4):
+        (tmp_path / "images" / f"{number}.png").write_bytes(b"<html>")
+    with pytest.raises(BadImagesError, match=r"^2 of the images .* 1\.png: .*; 4\.png: "):
+        import_folder(shards, STORE, str(tmp_path / "set"), workers=2)
+    assert not STORE.exists(str(tmp_path / "set" / INDEX_NAME))
+    for number in (1, 4):
+        Image.new("RGB", (9, 9)).save(tmp_path / "images" / f"{number}.png")
+    assert import_folder(shards, STORE, str(tmp_path / "set"), workers=1).num_samples == 6
