@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from configs.task import (
     BaselineTask,
     DenoiserTask,
+    DiffAeTask,
     DitiTask,
     MaskedTask,
     ResNet10Config,
@@ -312,7 +313,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _images_fit_unet(self) -> Self:
-        if isinstance(self.task, DenoiserTask):
+        if isinstance(self.task, DenoiserTask | DiffAeTask):
             unet = self.task.unet
             divisor = unet.patch_size_px * 2 ** (len(unet.channel_multipliers) - 1)
             if self.data.image_size_px % divisor:

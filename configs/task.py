@@ -368,7 +368,22 @@ class SimSiamTask(Section):
     encoder: AnyEncoderConfig = EncoderConfig()
 
 
-BaselineTask = LabelsTask | VaeTask | MaskedTask | SimClrTask | SimSiamTask
+class DiffAeTask(Section):
+    """Train the encoder together with a denoiser of its own that z steers (Diff-AE)."""
+
+    kind: Literal["diffae"]
+    encoder: AnyEncoderConfig = EncoderConfig()
+    unet: UNetConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    timesteps: TimestepsConfig = TimestepsConfig()
+
+    @model_validator(mode="after")
+    def _timesteps_exist(self) -> Self:
+        _check_timesteps(self.timesteps, self.schedule.num_timesteps)
+        return self
+
+
+BaselineTask = LabelsTask | VaeTask | MaskedTask | SimClrTask | SimSiamTask | DiffAeTask
 
 
 class DenoiserTask(Section):

@@ -2,7 +2,7 @@
 
 Each takes images and gives one loss each, trained by the same loop on the same stream and exported
 like any other; only `encoder` is. What they draw at random is a function of the noise that DiTi
-would have got, so of seed and position.
+would have got, so of seed and position. Diff-AE, which takes time-steps too, is in `diffae`.
 
 Letters: B batch, C channels, H height, W width, D = latent_dim, A attributes.
 """
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from configs.task import (
     AnyEncoderConfig,
     BaselineTask,
+    DiffAeTask,
     EncoderConfig,
     LabelsTask,
     MaskedTask,
@@ -21,6 +22,7 @@ from configs.task import (
     SimSiamTask,
     VaeTask,
 )
+from pretrain.diffae import DiffAe
 from pretrain.encoder import make_encoder
 from pretrain.layers import GroupNorm
 from pretrain.views import NUMBERS_OF_A_VIEW, view
@@ -157,7 +159,7 @@ class SimSiam(nn.Module):
         return -torch.stack(cosines).mean(dim=0)
 
 
-Baseline = Classifier | Vae | MaskedAutoencoder | SimClr | SimSiam
+Baseline = Classifier | Vae | MaskedAutoencoder | SimClr | SimSiam | DiffAe
 
 
 def make_baseline(task: BaselineTask, *, image_size_px: int) -> Baseline:
@@ -177,6 +179,8 @@ def make_baseline(task: BaselineTask, *, image_size_px: int) -> Baseline:
             return SimClr(task, image_size_px=image_size_px)
         case SimSiamTask():
             return SimSiam(task, image_size_px=image_size_px)
+        case DiffAeTask():
+            return DiffAe(task, image_size_px=image_size_px)
 
 
 def two_views(x0_BCHW: Tensor, noise_BCHW: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,10 +10,13 @@ from configs.schema import RunConfig
 from data_pipelines.sample_stream import Batch
 from pretrain.baselines import Baseline, Classifier
 from pretrain.denoiser import Denoiser
+from pretrain.diffae import DiffAe
 from pretrain.diti import DiTi
 from pretrain.position_noise import draw
 
 Model = DiTi | Denoiser | Baseline
+OfTimesteps = DiTi | Denoiser | DiffAe
+"""Models that take time-steps beside images and noise."""
 
 
 def to_tensors(
@@ -38,7 +41,7 @@ def to_tensors(
     if isinstance(model, Classifier):
         return images, torch.from_numpy(batch.labels).to(device)
     noise = drawn.noise_BCHW.to(device)
-    if isinstance(model, DiTi | Denoiser):
+    if isinstance(model, OfTimesteps):
         t_B = torch.from_numpy(model.timesteps.quantile(drawn.place_B))
         return images, t_B.to(device), noise
     return images, noise
@@ -51,6 +54,6 @@ def zeros(
     images = torch.zeros(count, 3, image_size_px, image_size_px, device=device)
     if isinstance(model, Classifier):
         return images, torch.zeros(count, len(model.attributes), device=device)
-    if isinstance(model, Baseline):
+    if isinstance(model, Baseline) and not isinstance(model, OfTimesteps):
         return images, images
     return images, torch.zeros(count, dtype=torch.int64, device=device), images

@@ -13,11 +13,9 @@ import torch
 from configs.schema import RunConfig
 from data_pipelines.shard_index import read_sets
 from pretrain import checkpoint
-from pretrain.denoiser import Denoiser
-from pretrain.diti import DiTi
 from pretrain.ema import Ema
 from pretrain.engine import Engine
-from pretrain.inputs import to_tensors
+from pretrain.inputs import OfTimesteps, to_tensors
 from pretrain.preflight import open_store, run_url, sample_order
 from pretrain.restore import restore
 from pretrain.run_plan import learning_rate, plan_run
@@ -92,7 +90,7 @@ def replay(config: RunConfig, step: int, allow_change: Sequence[str] = ()) -> Re
             if done == step - 1:
                 with torch.no_grad():
                     losses = model(*inputs).tolist()
-                has_timesteps = isinstance(model, DiTi | Denoiser)
+                has_timesteps = isinstance(model, OfTimesteps)
                 t = inputs[1].tolist() if has_timesteps else [None] * len(losses)
                 rows = zip(batch.positions.tolist(), batch.keys, t, losses, strict=True)
                 samples += [ReplayedSample(*row) for row in rows]

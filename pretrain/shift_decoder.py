@@ -49,7 +49,7 @@ class ShiftDecoder(nn.Module):
     def __init__(self, backbone: UNet, *, latent_dim: int) -> None:
         super().__init__()
         self._outside = (Trunk(backbone),)  # a tuple hides it from nn.Module
-        make = BlockMaker(backbone.config, shift=True)
+        make = BlockMaker(backbone.config, steering="scale_shift")
         skips = backbone.skip_channels
         self.label_emb = nn.Linear(latent_dim, make.embed_dim)
         self.shift_middle_block = make.middle(skips[-1])

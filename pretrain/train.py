@@ -28,12 +28,13 @@ from pretrain.attention import DTYPES, choose_kernel
 from pretrain.backbone import Backbone, load_backbone
 from pretrain.baselines import make_baseline
 from pretrain.denoiser import Denoiser
+from pretrain.diffae import DiffAe
 from pretrain.diti import DiTi
 from pretrain.ema import Ema
 from pretrain.engine import Engine, place_frozen
 from pretrain.error_budget import ErrorBudget
 from pretrain.heartbeat import heartbeat
-from pretrain.inputs import Model, to_tensors
+from pretrain.inputs import Model, OfTimesteps, to_tensors
 from pretrain.metrics import MetricsLog
 from pretrain.preflight import load_start, open_store, run_url, sample_order
 from pretrain.progress import Progress, Pulse
@@ -196,14 +197,14 @@ def build_model(
             backbone = load_backbone(store, task.backbone)
             model = DiTi(task, backbone, image_size_px=config.data.image_size_px)
             model.clock = clock
-            model.tables_to(device)
             set_attention(backbone.unet, kernel)
             place_frozen(model.decoder.trunk, config.engine, device)
         case DenoiserTask() as task:
             model = Denoiser(task)
-            model.tables_to(device)
         case task:
             model = make_baseline(task, image_size_px=config.data.image_size_px)
+    if isinstance(model, OfTimesteps):
+        model.tables_to(device)
     set_attention(model, kernel)
     return model.to(device, dtype), backbone
 
@@ -217,6 +218,8 @@ def set_execution(model: Model, engine: EngineConfig) -> None:
             frozen, trained = [model.decoder.trunk], [model.encoder, model.decoder]
         case Denoiser():
             trained = [model.unet]
+        case DiffAe():
+            trained = [model.encoder, model.unet]
         case _:
             trained = [model.encoder]
     chosen = {"nothing": [], "frozen": frozen, "trained": trained, "both": [*frozen, *trained]}

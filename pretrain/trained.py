@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from configs.schema import RunConfig
-from configs.task import BaselineTask, DenoiserTask, DitiTask, EncoderConfig, StagedPartition
+from configs.task import (
+    BaselineTask,
+    DenoiserTask,
+    DiffAeTask,
+    DitiTask,
+    EncoderConfig,
+    StagedPartition,
+)
 from data_pipelines.object_store import ObjectStore, absolute
 from pretrain import checkpoint
 from pretrain.backbone import digest_of_state, load_backbone, shapes_of, state_problems
@@ -94,8 +101,9 @@ def _partition_of(task: DitiTask | BaselineTask) -> Partition:
     dims = task.encoder.latent_dim
     if isinstance(task, DitiTask):
         return make_partition(task.partition, dims)
+    end = task.schedule.num_timesteps if isinstance(task, DiffAeTask) else 1000
     return make_partition(
-        StagedPartition(stage_ends=(1000,), stage_dims=(dims,), stage_subsets=(1,)), dims
+        StagedPartition(stage_ends=(end,), stage_dims=(dims,), stage_subsets=(1,)), dims
     )
 
 

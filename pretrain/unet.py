@@ -8,6 +8,7 @@ Letters: B batch, C channels, H height, W width, E embedding (4 x base channels)
 
 import math
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,9 @@ from pretrain.layers import (
     UpsampledConv2d,
     to_fast_layout,
 )
+
+Steering = Literal["scale", "scale_shift"]
+"""What z does to normalised activations: scales them (Diff-AE), or shifts them too (PDAE, DiTi)."""
 
 
 def timestep_embedding(t_B: Tensor, dim: int) -> Tensor:
@@ -49,9 +53,10 @@ def _resample(x: Tensor, resample: str) -> Tensor:
 
 
 class ResBlock(nn.Module):
-    """Residual block with adaptive GroupNorm from the time-step and, if `shift`, from z.
+    """Residual block with adaptive GroupNorm from the time-step and, with `steering`, from z.
 
-    With `shift`: h <- (1 + s_z) * (GN(h) (1 + s_t) + b_t) + b_z (METHOD's ResBlockShift).
+    `scale_shift`: h <- (1 + s_z) * (GN(h) (1 + s_t) + b_t) + b_z (METHOD's ResBlockShift).
+    `scale`: the same without b_z (Preechakul et al. 2022).
     """
 
     def __init__(
@@ -63,11 +68,12 @@ class ResBlock(nn.Module):
         resample: str = "none",
         dropout: float = 0.0,
         scale_shift_norm: bool = True,
-        shift: bool = False,
+        steering: Steering | None = None,
     ) -> None:
         super().__init__()
         self.resample = resample
         self.scale_shift_norm = scale_shift_norm
+        self.steering = steering
         conv_in = (
             UpsampledConv2d(in_channels, out_channels)
             if resample == "up"
@@ -76,8 +82,9 @@ class ResBlock(nn.Module):
         self.in_layers = nn.Sequential(GroupNorm(in_channels), nn.SiLU(), conv_in)
         of_time = 2 * out_channels if scale_shift_norm else out_channels
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embed_dim, of_time))
-        if shift:
-            self.emb_z_layers = nn.Sequential(nn.SiLU(), nn.Linear(embed_dim, 2 * out_channels))
+        if steering is not None:
+            of_z = out_channels if steering == "scale" else 2 * out_channels
+            self.emb_z_layers = nn.Sequential(nn.SiLU(), nn.Linear(embed_dim, of_z))
         self.out_layers = nn.Sequential(
             GroupNorm(out_channels),
             nn.SiLU(),
@@ -102,8 +109,12 @@ class ResBlock(nn.Module):
         else:
             h = norm_out(h + of_time)
         if emb_z_BE is not None:
-            scale_z, shift_z = self.emb_z_layers(emb_z_BE)[:, :, None, None].chunk(2, dim=1)
-            h = h * (1 + scale_z) + shift_z
+            of_z = self.emb_z_layers(emb_z_BE)[:, :, None, None]
+            if self.steering == "scale":
+                h = h * (1 + of_z)
+            else:
+                scale_z, shift_z = of_z.chunk(2, dim=1)
+                h = h * (1 + scale_z) + shift_z
         for layer in rest:
             h = layer(h)
         return self.skip_connection(_resample(x_BCHW, self.resample)) + h
@@ -192,9 +203,9 @@ def set_recomputing(model: nn.Module, recomputes: bool) -> None:
 class BlockMaker:
     """Residual and attention blocks of one U-Net's shape."""
 
-    def __init__(self, config: UNetConfig, *, shift: bool = False) -> None:
+    def __init__(self, config: UNetConfig, *, steering: Steering | None = None) -> None:
         self.config = config
-        self.shift = shift
+        self.steering: Steering | None = steering
         self.embed_dim = 4 * config.base_channels
 
     def res(self, in_channels: int, out_channels: int, resample: str = "none") -> ResBlock:
@@ -205,7 +216,7 @@ class BlockMaker:
             resample=resample,
             dropout=self.config.dropout,
             scale_shift_norm=self.config.scale_shift_norm,
-            shift=self.shift,
+            steering=self.steering,
         )
 
     def down(self, channels: int) -> nn.Module:
@@ -293,12 +304,12 @@ def walk_up(
 
 
 class UNet(nn.Module):
-    """The denoiser epsilon_theta(x_t, t)."""
+    """The denoiser epsilon_theta(x_t, t); with `steering`, epsilon_theta(x_t, t, emb_z)."""
 
-    def __init__(self, config: UNetConfig) -> None:
+    def __init__(self, config: UNetConfig, *, steering: Steering | None = None) -> None:
         super().__init__()
         self.config = config
-        make = BlockMaker(config)
+        make = BlockMaker(config, steering=steering)
         self.time_embed = nn.Sequential(
             nn.Linear(config.base_channels, make.embed_dim),
             nn.SiLU(),
@@ -326,25 +337,27 @@ class UNet(nn.Module):
         patch = self.config.patch_size_px
         return F.pixel_shuffle(h_BCHW, patch) if patch > 1 else h_BCHW
 
-    def encode(self, x_BCHW: Tensor, emb_BE: Tensor) -> list[Tensor]:
+    def encode(
+        self, x_BCHW: Tensor, emb_BE: Tensor, emb_z_BE: Tensor | None = None
+    ) -> list[Tensor]:
         """Activations of every input block, first to last."""
         h = to_fast_layout(self.fold(x_BCHW).to(emb_BE.dtype))
         skips = []
         for block in self.input_blocks:
-            h = block(h, emb_BE)
+            h = block(h, emb_BE, emb_z_BE)
             skips.append(h)
         return skips
 
-    def decode(self, skips: list[Tensor], emb_BE: Tensor) -> Tensor:
+    def decode(self, skips: list[Tensor], emb_BE: Tensor, emb_z_BE: Tensor | None = None) -> Tensor:
         """The prediction, BCHW, from the activations of `encode`; learnt variances are dropped."""
-        h = self.middle_block(skips[-1], emb_BE)
-        out = self.unfold(self.out(walk_up(self.output_blocks, h, skips, emb_BE)))
+        h = self.middle_block(skips[-1], emb_BE, emb_z_BE)
+        out = self.unfold(self.out(walk_up(self.output_blocks, h, skips, emb_BE, emb_z_BE)))
         return out[:, : self.config.in_channels]
 
-    def forward(self, x_BCHW: Tensor, t_B: Tensor) -> Tensor:
+    def forward(self, x_BCHW: Tensor, t_B: Tensor, emb_z_BE: Tensor | None = None) -> Tensor:
         """Predicted noise for x_t (BCHW, [-1, 1] scale) at integer time-steps t (B)."""
         emb = self.embed_time(t_B)
-        return self.decode(self.encode(x_BCHW, emb), emb)
+        return self.decode(self.encode(x_BCHW, emb, emb_z_BE), emb, emb_z_BE)
 
 
 def attention_blocks(model: nn.Module) -> Iterator[AttentionBlock]:

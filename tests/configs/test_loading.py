@@ -206,7 +206,7 @@ def test_the_same_inside_the_other_task():
 
 def test_an_unknown_kind_of_task_is_answered_with_the_known_ones_and_hides_nothing_else():
     found = problems_of(MINIMAL, "task.kind=dity", "seed=x")
-    known = "'diti', 'denoiser', 'labels', 'vae', 'masked', 'simclr', 'simsiam'"
+    known = "'diti', 'denoiser', 'labels', 'vae', 'masked', 'simclr', 'simsiam', 'diffae'"
     assert f"task.kind = 'dity': must be one of {known}" in found
     assert len(found) == 2
     (problem,) = problems_of(MINIMAL, "task.encoder.kind=resnet18")

@@ -37,6 +37,7 @@ MINIMAL: dict[str, dict[str, Any]] = {
     "MaskedTask": {"kind": "masked"},
     "SimClrTask": {"kind": "simclr"},
     "SimSiamTask": {"kind": "simsiam"},
+    "DiffAeTask": {"kind": "diffae", "unet": {}},
     "PublishedPartition": {"kind": "published"},
     "ResNet10Config": {"kind": "resnet10"},
     "TrainConfig": {"total_images": 1000, "global_batch": 10, "checkpoint_every_images": 100},
@@ -126,6 +127,7 @@ def test_every_section_is_frozen_and_refuses_unknown_keys(name: str):
         ("DitiTask", "mode", ["both"]),
         ("PublishedPartition", "num_subsets", [0]),
         ("DitiTask", "kind", ["denoiser"]),
+        ("DiffAeTask", "unet", [None, "builtin/avatars32"]),
     ],
 )
 def test_values_of_the_wrong_kind_or_range_are_refused(section: str, field: str, values: list[Any]):
@@ -250,6 +252,10 @@ RESNET10 = MINIMAL["DitiTask"] | {"encoder": {"kind": "resnet10"}}
             r"inside \[0, 100\], got 1000",
         ),
         (
+            lambda: make("DiffAeTask", schedule={"num_timesteps": 100}),
+            r"edges must lie inside \[0, 100\], got 1000",
+        ),
+        (
             lambda: changed_run(train={"total_images": 9}),
             r"total_images \(9\) must be at least train.global_batch \(10\)",
         ),
@@ -281,6 +287,10 @@ RESNET10 = MINIMAL["DitiTask"] | {"encoder": {"kind": "resnet10"}}
             ),
             "image_size_px must be divisible by 32 .* got 40",
         ),
+        (
+            lambda: changed_run(task=MINIMAL["DiffAeTask"], data={"image_size_px": 36}),
+            "image_size_px must be divisible by 8 .* got 36",
+        ),
     ],
 )
 def test_what_does_not_fit_together_is_refused_with_the_values(build: Any, message: str):
@@ -302,6 +312,8 @@ def test_every_rule_passes_at_its_edge():
     changed_run(train={"total_images": 10})
     changed_run(optimizer={"warmup_images": 600, "decay_images": 400})
     changed_run(task=UNET, data={"image_size_px": 8})
+    changed_run(task=MINIMAL["DiffAeTask"], data={"image_size_px": 8})
+    make("DiffAeTask", schedule={"num_timesteps": 1}, timesteps={"edges": [0, 1]})
     changed_run(task=RESNET10)
     changed_run(engine={"precision": "bf16"})
     changed_run(task={"kind": "masked", "patch_size_px": 8}, data={"image_size_px": 64})

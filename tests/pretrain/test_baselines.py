@@ -42,6 +42,7 @@ from tools.labels import attributes_of, read_samples
 STORE = ObjectStore()
 pytestmark = pytest.mark.usefixtures("world")
 ENCODER = "{latent_dim: 24, channels: [32, 32, 32], attention_after: 2}"
+UNET = "{patch_size_px: 2, base_channels: 32, channel_multipliers: [1, 1], attention_factors: [2]}"
 LABELS = f"task={{kind: labels, attributes: [dark_background, glasses], encoder: {ENCODER}}}"
 
 
@@ -158,7 +159,9 @@ def test_simsiam_lets_no_gradient_through_its_targets() -> None:
         *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("vae", "masked")),
         "simclr",
         "simsiam",
+        f"diffae, unet: {UNET}",
     ],
+    ids=lambda kind: kind.partition(",")[0],
 )
 def test_every_baseline_trains_resumes_and_leaves_an_encoder(tmp_path: Path, kind: str) -> None:
     task = f"task={{kind: {kind}, encoder: {ENCODER}}}"

@@ -11,7 +11,14 @@ from torch.nn import functional as F
 from configs.task import EncoderConfig, UNetConfig
 from pretrain.encoder import Encoder
 from pretrain.shift_decoder import ShiftDecoder
-from pretrain.unet import AttentionBlock, ResBlock, UNet, set_attention, timestep_embedding
+from pretrain.unet import (
+    AttentionBlock,
+    ResBlock,
+    Steering,
+    UNet,
+    set_attention,
+    timestep_embedding,
+)
 from tests.own_process import check_runs
 from tests.tiny_model import both
 
@@ -131,13 +138,13 @@ def test_set_attention_reaches_every_block():
 
 
 @pytest.mark.parametrize("resample", ["none", "down", "up"])
-@pytest.mark.parametrize("shift", [False, True])
-def test_a_residual_block_is_methods_formula(resample: str, shift: bool):
-    block = ResBlock(32, 64, 16, resample=resample, shift=shift)
+@pytest.mark.parametrize("steering", [None, "scale", "scale_shift"])
+def test_a_residual_block_is_methods_formula(resample: str, steering: Steering | None):
+    block = ResBlock(32, 64, 16, resample=resample, steering=steering)
     randomised(block)
     generator = torch.Generator().manual_seed(3)
     x, emb = torch.randn(2, 32, 4, 4, generator=generator), torch.randn(2, 16, generator=generator)
-    emb_z = torch.randn(2, 16, generator=generator) if shift else None
+    emb_z = torch.randn(2, 16, generator=generator) if steering else None
     p = dict(block.named_parameters())
 
     def resampled(h: Tensor) -> Tensor:
@@ -154,7 +161,8 @@ def test_a_residual_block_is_methods_formula(resample: str, shift: bool):
 
     def scale_and_bias(name: str, e: Tensor) -> tuple[Tensor, Tensor]:
         both = F.linear(F.silu(e), p[f"{name}.weight"], p[f"{name}.bias"])[:, :, None, None]
-        return both[:, :64], both[:, 64:]
+        scale, bias = both[:, :64], both[:, 64:]
+        return scale, bias if bias.numel() else torch.zeros(())  # Diff-AE's z only scales
 
     h = conv("in_layers.2", resampled(F.silu(norm("in_layers.0", x))))
     scale, bias = scale_and_bias("emb_layers.1", emb)
@@ -415,7 +423,7 @@ def test_convolutions_resample_where_residual_blocks_do_not():
 
 
 def test_the_timestep_can_be_added_instead_of_scaling():
-    block = randomised(ResBlock(32, 64, 16, scale_shift_norm=False, shift=True)).eval()
+    block = randomised(ResBlock(32, 64, 16, scale_shift_norm=False, steering="scale_shift")).eval()
     x, emb, emb_z = torch.randn(2, 32, 4, 4), torch.randn(2, 16), torch.randn(2, 16)
     assert block.emb_layers[1].out_features == 64
     h = block.in_layers(x) + block.emb_layers(emb)[:, :, None, None]

@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+import configs
+from configs.loading import load_run
+from configs.task import DenoiserTask, DiffAeTask, DitiTask
 from tools.benchmarks import method_quality
 from tools.benchmarks.method_quality import ROWS, config_of, digest_of_config, run_row
 
@@ -12,6 +15,19 @@ from tools.benchmarks.method_quality import ROWS, config_of, digest_of_config, r
 def test_every_row_is_a_run_that_differs_from_the_others_and_by_its_seed(tmp_path: Path) -> None:
     digests = [digest_of_config(config_of(tmp_path, row, seed)) for row in ROWS for seed in (0, 1)]
     assert len(set(digests)) == 2 * len(ROWS)
+
+
+def test_diffaes_denoiser_is_of_the_frozen_ones_shape_and_its_encoder_of_the_others(
+    tmp_path: Path,
+) -> None:
+    task, authors = (config_of(tmp_path, row, 0).task for row in ("diffae", "authors"))
+    backbone = load_run(Path(configs.__file__).parent / "runs" / "avatars32_backbone.yaml").task
+    assert isinstance(task, DiffAeTask)
+    assert isinstance(authors, DitiTask)
+    assert isinstance(backbone, DenoiserTask)
+    assert task.unet == backbone.unet
+    assert task.schedule == backbone.schedule
+    assert task.encoder == authors.encoder
 
 
 def test_a_digest_does_not_depend_on_where_things_lie(tmp_path: Path) -> None:

@@ -66,6 +66,16 @@ def test_every_recipe_plans(recipe: str, tmp_path: Path) -> None:
     assert found["not_counted"].startswith("the loader is not counted: no shard index at")
 
 
+def test_a_denoiser_that_is_trained_along_is_planned_as_trained(tmp_path: Path) -> None:
+    given = "task={kind: diffae, unet: {dropout: 0.1}}", f"data.shards={tmp_path}"
+    found = json.loads(plan("celeba64_diti", *given, "--json").stdout)
+    scaled = 2368 + 1024 + 3776  # channels of the blocks that z scales: down, middle, up
+    of_z = (512 + 1) * 256 + (256 + 1) * scaled
+    assert found["trained_parameters"] == 1_487_104 + 63_958_019 + of_z
+    assert found["frozen_parameters"] == 0
+    assert found["memory"]["2"]["activations"] > found["memory"]["2"]["weights"]
+
+
 def test_people_get_a_table_and_what_is_missing_is_said(tmp_path: Path) -> None:
     given = *card_only(tmp_path, 64), f"data.shards={tmp_path}"
     result = plan("celeba64_diti", *given)

@@ -56,6 +56,12 @@ def _instead(kind: str, **settings: object) -> tuple[str, ...]:
     return f"task={json.dumps({'kind': kind, 'encoder': encoder, **settings})}", *_FAST[1:]
 
 
+def _unet_of_backbone() -> dict[str, object]:
+    """The shape of the frozen U-Net that the recipe's DiTi leans on."""
+    card = resources.files("pretrain") / "weights" / "avatars32.json"
+    return json.loads(card.read_text())["unet"]
+
+
 ROWS: dict[str, tuple[str, ...]] = {
     "authors": (),
     "authors-pdae": (_ONE_SUBSET,),
@@ -70,6 +76,7 @@ ROWS: dict[str, tuple[str, ...]] = {
         "stage_dims: [32, 40, 24, 20, 12], stage_subsets: [4, 4, 2, 2, 1]}",
     ),
     "matched-pdae": (*_MATCHED, _ONE_SUBSET),
+    "diffae": _instead("diffae", unet=_unet_of_backbone()),
     "simclr": _instead("simclr"),
     "simsiam": _instead("simsiam"),
     "masked": _instead("masked"),
@@ -78,8 +85,9 @@ ROWS: dict[str, tuple[str, ...]] = {
 }
 """Changes to the recipe. `early` trains on the time-steps below 200 only, where an image has lost
 least, and cuts these finely. `matched` has stages and time-steps where the attributes of this world
-are lost (`diti eval attribute-loss`). From `simclr` on no diffusion model is asked; `labels` is the
-ceiling: the same encoder, told the attributes themselves."""
+are lost (`diti eval attribute-loss`). `diffae` trains a U-Net of the backbone's shape
+along with the encoder. From `simclr` on no diffusion model is asked; `labels` is the ceiling: the
+same encoder, told the attributes themselves."""
 
 
 @dataclass(frozen=True, slots=True)
