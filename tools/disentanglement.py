@@ -19,6 +19,9 @@ from data_pipelines.feature_store import Features
 from tools.attribute_probe import ProbeResult, squared_weights
 from tools.representations import subsets_of
 
+LEAST_GAIN = 0.05
+"""Average precision above the base rate, from which on an attribute counts as told."""
+
 
 @dataclass(frozen=True, slots=True)
 class Dci:
@@ -37,7 +40,7 @@ class Leakage:
     shares: NDArray[np.float64]
     """(A, S); below 0 where a subset tells less than nothing."""
     untold: tuple[str, ...]
-    """Left out, since the whole feature tells nothing of them."""
+    """Left out: the whole feature tells next to nothing of them, and shares of that are noise."""
 
     @property
     def best(self) -> NDArray[np.float64]:
@@ -97,7 +100,7 @@ def leakage(probes: Sequence[ProbeResult], base_rate_A: NDArray[np.float64]) -> 
     whole, *subsets = probes
     gain = np.array(whole.average_precision) - base_rate_A
     parts = np.array([subset.average_precision for subset in subsets]) - base_rate_A
-    told = gain > 0
+    told = gain > LEAST_GAIN
     return Leakage(
         tuple(subset.name for subset in subsets),
         tuple(name for name, is_told in zip(whole.attributes, told, strict=True) if is_told),

@@ -162,7 +162,7 @@ def print_disentanglement(found: Disentanglement) -> None:
     table.add_row("mean", "", f"{leak.best.mean():.2f}", f"{leak.others.mean():.2f}")
     Console().print(table)
     if leak.untold:
-        Console().print(f"nothing is told of {', '.join(leak.untold)}")
+        Console().print(f"next to nothing is told of {', '.join(leak.untold)}")
 
 
 def print_timestep_losses(losses: TimestepLosses) -> None:

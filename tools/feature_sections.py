@@ -20,6 +20,7 @@ from tools.labels import attributes_of, classes_of, numbers_of
 from tools.number_probe import probe_numbers
 
 GROUPS = ("coarse", "middle", "fine")
+FEW_SHOT_DRAWS = 5
 OTHERS = ("untrained encoder", "raw pixels")
 """What the feature is compared with; all other probes are of parts of it."""
 
@@ -130,6 +131,7 @@ def _places(found: Disentanglement) -> dict[str, Any]:
             [_time_steps(name) for name in leak.subsets],
             1.0,
         ),
+        "untold": [*map(_spoken, leak.untold)],
         "best": f"{leak.best.mean():.0%}",
         "others": f"{leak.others.mean():.0%}",
         "scores": [
@@ -147,6 +149,7 @@ def _few_shot(
             store,
             train_url=train_url,
             test_url=test_url,
+            draws=FEW_SHOT_DRAWS,
             shortcut=each,
             pixels=False,
             on_result=lambda result: say(f"learning from {result.shots} examples, {result.name}"),
