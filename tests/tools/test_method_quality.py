@@ -9,7 +9,8 @@ import configs
 from configs.loading import load_run
 from configs.task import DenoiserTask, DiffAeTask, DitiTask
 from tools.benchmarks import method_quality
-from tools.benchmarks.method_quality import ROWS, config_of, digest_of_config, run_row
+from tools.benchmarks.method_quality import run_row
+from tools.benchmarks.method_rows import ROWS, config_of, digest_of_config
 
 
 def test_every_row_is_a_run_that_differs_from_the_others_and_by_its_seed(tmp_path: Path) -> None:
@@ -50,6 +51,9 @@ def test_a_row_leaves_its_curve_attributes_and_shots(
     assert result.pixels.all > result.curve[0].all > 0.5
     assert result.few_shot.keys() == result.misled.keys() == {"5", "10", "20", "50"}
     assert result.few_shot["50"] > result.misled["50"]
+    assert result.core_hours == pytest.approx(2 * 128 / result.images_per_second / 3600)
+    assert result.counterfactual is not None
+    assert {"best_reached", "whole_leak", "whole_flipped"} < result.counterfactual.keys()
 
     monkeypatch.setattr("sys.argv", ["method_quality", "tiny", "--folder", str(tmp_path)])
     method_quality.main()

@@ -11,83 +11,41 @@ import json
 import os
 import platform
 import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from importlib import resources
 from pathlib import Path
+from statistics import median
 
 import torch
 
 from cluster.export import export_features
 from cluster.launch import launch_training
 from cluster.session import ray_session
-from configs.loading import digest_of_json, parse_run
 from configs.schema import RunConfig
-from data_pipelines.avatars import Split, attribute_granularity
+from configs.task import DitiTask
+from data_pipelines.avatars import AvatarSpec, Split, attribute_granularity
 from data_pipelines.object_store import ObjectStore, join
+from data_pipelines.shard_index import INDEX_NAME
 from pretrain import checkpoint
 from pretrain.preflight import run_url
+from pretrain.trained import load_diti, load_encoder
 from tools.attribute_probe import ProbeResult
+from tools.benchmarks.method_rows import ROWS, config_of, digest_of_config
 from tools.demo import make_splits
 from tools.evaluate_attributes import evaluate_attributes
+from tools.evaluate_counterfactual import evaluate_counterfactual, swap_numbers
 from tools.evaluate_few_shot import evaluate_few_shot
 from tools.few_shot import FewShotResult, Shortcut, best_subset
+from tools.make_data import make_avatars
 
-RECIPE = "avatars32_diti.yaml"
 RESULTS = Path(__file__).parent / "results" / "method_quality"
 COUNTS: dict[Split, int] = {"train": 49_152, "val": 4_096, "test": 4_096}
 SHORTCUT = Shortcut("dark_background", 1.0)
-
-_ONE_SUBSET = "task.partition={kind: published, num_subsets: 1}"
-_FAST = ("task.weight=constant", "optimizer.learning_rate=1e-3", "optimizer.warmup_images=2048")
-_EARLY = (
-    *_FAST,
-    "task.timesteps.edges=[0, 200]",
-    "task.partition={kind: stages, stage_ends: [160, 1000], stage_dims: [112, 16], "
-    "stage_subsets: [16, 1]}",
-)
-_MATCHED = (*_FAST, "task.timesteps={edges: [50, 330, 700], shares: [0.6, 0.4]}")
-
-
-def _instead(kind: str, **settings: object) -> tuple[str, ...]:
-    """Another task for the same encoder, at the faster rate."""
-    encoder = {"latent_dim": 128, "channels": [64, 128], "attention_after": 2}
-    return f"task={json.dumps({'kind': kind, 'encoder': encoder, **settings})}", *_FAST[1:]
-
-
-def _unet_of_backbone() -> dict[str, object]:
-    """The shape of the frozen U-Net that the recipe's DiTi leans on."""
-    card = resources.files("pretrain") / "weights" / "avatars32.json"
-    return json.loads(card.read_text())["unet"]
-
-
-ROWS: dict[str, tuple[str, ...]] = {
-    "authors": (),
-    "authors-pdae": (_ONE_SUBSET,),
-    "authors-fast": ("optimizer.learning_rate=1e-3", "optimizer.warmup_images=2048"),
-    "constant": _FAST,
-    "early": _EARLY,
-    "early-pdae": (*_FAST, "task.timesteps.edges=[0, 200]", _ONE_SUBSET),
-    "early-stop-grad": (*_EARLY, "task.mode=stop_grad"),
-    "matched": (
-        *_MATCHED,
-        "task.partition={kind: stages, stage_ends: [150, 330, 480, 600, 1000], "
-        "stage_dims: [32, 40, 24, 20, 12], stage_subsets: [4, 4, 2, 2, 1]}",
-    ),
-    "matched-pdae": (*_MATCHED, _ONE_SUBSET),
-    "diffae": _instead("diffae", unet=_unet_of_backbone()),
-    "simclr": _instead("simclr"),
-    "simsiam": _instead("simsiam"),
-    "masked": _instead("masked"),
-    "vae": _instead("vae"),
-    "labels": _instead("labels", attributes=list(attribute_granularity())),
-}
-"""Changes to the recipe. `early` trains on the time-steps below 200 only, where an image has lost
-least, and cuts these finely. `matched` has stages and time-steps where the attributes of this world
-are lost (`diti eval attribute-loss`). `diffae` trains a U-Net of the backbone's shape
-along with the encoder. From `simclr` on no diffusion model is asked; `labels` is the ceiling: the
-same encoder, told the attributes themselves."""
+PAIRS = ("mouth_open", "glasses", "hat", "dark_skin")
+"""Attributes whose exact counterfactuals are drawn: a fine one, two in between, a coarse one."""
+NUM_PAIRS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +71,10 @@ class Result:
     machine: str
     images_per_second: float
     """In training; the median."""
+    core_hours: float
+    """Of training: cores, or one GPU, times hours at that rate."""
+    encoder_images_per_second: float
+    """Features of images, on cores, by as many threads as torch takes."""
     curve: list[Precision]
     pixels: Precision
     attributes: dict[str, float]
@@ -123,6 +85,8 @@ class Result:
     """The same where the background misleads."""
     misled_best_subset: dict[str, float]
     """The same by the subset that is best in the mean over the numbers of shots."""
+    counterfactual: dict[str, float] | None
+    """Swaps between drawn pairs (`swap_numbers`); None without a decoder that is told z."""
 
 
 def run_row(folder: Path, row: str, seed: int, *, use_gpu: bool = False) -> Result:
@@ -141,10 +105,9 @@ def run_row(folder: Path, row: str, seed: int, *, use_gpu: bool = False) -> Resu
     batch, last = config.train.global_batch, probes[steps[-1]][0]
     plain, misled = (_few_shot(store, config, steps[-1], each) for each in (None, SHORTCUT))
     newest = checkpoint.find(store, run_url(config), None)
-    speeds = [
-        line["images_per_second"]
-        for line in checkpoint.read_metrics(store, run_url(config), newest)
-    ]
+    metrics = checkpoint.read_metrics(store, run_url(config), newest)
+    speed = median(line["images_per_second"] for line in metrics)
+    seconds = config.train.total_images / speed
     return Result(
         row=row,
         seed=seed,
@@ -154,31 +117,17 @@ def run_row(folder: Path, row: str, seed: int, *, use_gpu: bool = False) -> Resu
         config_digest=digest_of_config(config),
         date=datetime.now(UTC).date().isoformat(),
         machine=_machine(use_gpu),
-        images_per_second=sorted(speeds)[len(speeds) // 2],
+        images_per_second=speed,
+        core_hours=config.cluster.num_workers * seconds / 3600,
+        encoder_images_per_second=_encoder_speed(store, config),
         curve=[_precision(probe[0], step * batch) for step, probe in probes.items()],
         pixels=_precision(pixels, 0),
         attributes=dict(zip(last.attributes, last.average_precision, strict=True)),
         few_shot=_of_feature(plain, plain[0].name),
         misled=_of_feature(misled, misled[0].name),
         misled_best_subset=_of_feature(misled, best_subset(misled)),
+        counterfactual=_counterfactual(store, config, folder),
     )
-
-
-def config_of(folder: Path, row: str, seed: int, *, use_gpu: bool = False) -> RunConfig:
-    """The run of a row. Raises ConfigError."""
-    text = (resources.files("configs") / "runs" / RECIPE).read_text()
-    places = (f"output={folder / 'runs'}", f"data.shards={folder / 'avatars' / 'train'}")
-    gpu = ("cluster.use_gpu=true", "cluster.num_workers=1") if use_gpu else ()
-    own = (f"name={row}-{seed}", f"seed={seed}", *ROWS[row])
-    return parse_run(text, (*places, *gpu, *own), source=RECIPE)
-
-
-def digest_of_config(config: RunConfig) -> str:
-    """Of all that decides what is learnt; not of where things lie, or how often they are saved."""
-    train = {"total_images", "global_batch", "ema_decay"}
-    parts = {"seed": True, "task": True, "optimizer": True, "train": train}
-    found = config.model_dump(mode="json", include=parts)
-    return digest_of_json(found)[:12]
 
 
 def _features_url(config: RunConfig, split: str, step: int) -> str:
@@ -216,6 +165,36 @@ def _few_shot(
         shortcut=shortcut,
         pixels=False,
     )
+
+
+def _encoder_speed(store: ObjectStore, config: RunConfig) -> float:
+    encoder = load_encoder(store, run_url(config)).encoder
+    images = torch.zeros(256, 3, config.data.image_size_px, config.data.image_size_px)
+    seconds = []
+    for _ in range(5):
+        begun = time.perf_counter()
+        with torch.inference_mode():
+            encoder(images)
+        seconds.append(time.perf_counter() - begun)
+    return len(images) / median(seconds)
+
+
+def _counterfactual(store: ObjectStore, config: RunConfig, folder: Path) -> dict[str, float] | None:
+    if not isinstance(config.task, DitiTask):
+        return None
+    urls = [str(folder / "avatars" / f"pairs-{attribute}") for attribute in PAIRS]
+    for attribute, url in zip(PAIRS, urls, strict=True):
+        if not store.exists(join(url, INDEX_NAME)):
+            spec = AvatarSpec(split="test", pairs=attribute)
+            make_avatars(spec, 2 * NUM_PAIRS, store, url, rows_per_shard=2 * NUM_PAIRS, workers=1)
+    found = evaluate_counterfactual(
+        store,
+        load_diti(store, run_url(config))[0],
+        pairs_urls=urls,
+        labelled_url=str(folder / "avatars" / "val"),
+        count=NUM_PAIRS,
+    )
+    return swap_numbers([swaps.scores for swaps in found.swaps])
 
 
 def _of_feature(results: list[FewShotResult], name: str) -> dict[str, float]:

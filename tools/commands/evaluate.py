@@ -19,5 +19,6 @@ for verb in (
     evaluate_models.attribute_loss,
     evaluate_models.timestep_loss,
     evaluate_models.reconstruction,
+    evaluate_models.counterfactual,
 ):
     app.command()(verb)

@@ -2,11 +2,12 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from tools.commands.options import AsJson, AuthorsConfig, Run
+from tools.commands.options import AsJson, AuthorsConfig, Checkpoint, Run, check_out_file
 from tools.commands.outcome import clear_errors
 from tools.evaluation_tables import (
     print_attribute_loss,
@@ -91,9 +92,7 @@ def timestep_loss(
 def reconstruction(
     shards: Annotated[str, typer.Option(help="Shard set whose first images are used.")],
     run: Run = None,
-    checkpoint: Annotated[
-        str | None, typer.Option(help="Instead of a run: a published .pt file of DiTi or PDAE.")
-    ] = None,
+    checkpoint: Checkpoint = None,
     config: AuthorsConfig = None,
     count: Annotated[int, typer.Option(min=2, help="Images.")] = 64,
     steps: Annotated[int, typer.Option(min=1, help="DDIM steps, in either direction.")] = 50,
@@ -123,3 +122,72 @@ def reconstruction(
             typer.echo(json.dumps([asdict(result) for result in results], indent=1))
         else:
             print_reconstructions(results)
+
+
+def counterfactual(
+    pairs: Annotated[
+        list[str],
+        typer.Option(
+            metavar="SHARDS", help="Shard set of pairs that differ in one attribute; several times."
+        ),
+    ],
+    run: Run = None,
+    checkpoint: Checkpoint = None,
+    config: AuthorsConfig = None,
+    labelled: Annotated[
+        str | None,
+        typer.Option(metavar="SHARDS", help="Labelled shard set that classifiers learn on."),
+    ] = None,
+    count: Annotated[int, typer.Option(min=4, help="Pairs of each set.")] = 32,
+    steps: Annotated[int, typer.Option(min=1, help="DDIM steps, in either direction.")] = 25,
+    out: Annotated[Path | None, typer.Option(help="HTML file to write, with pictures.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What a picture becomes when parts of its feature are another's: scores, and a page.
+
+    The truth is the other drawing of a pair: diti data make avatars --pairs glasses --split test
+    --count 64 --out data/glasses
+
+    Example: diti eval counterfactual runs/mine --pairs data/glasses --labelled data/avatars/val
+    --out counterfactual.html
+    """
+    with clear_errors():
+        from data_pipelines.object_store import ObjectStore
+        from tools.counterfactual_page import make_page
+        from tools.counterfactual_table import print_directions, print_swaps
+        from tools.evaluate_counterfactual import evaluate_counterfactual
+        from tools.evaluate_reconstruction import load_model
+        from tools.progress import progress_bar, working
+
+        if out is not None:
+            check_out_file(out)
+        store = ObjectStore()
+        model = load_model(store, run, checkpoint, config)
+        with progress_bar("swapping", 1.0) as update:
+            found = evaluate_counterfactual(
+                store,
+                model,
+                pairs_urls=pairs,
+                labelled_url=labelled,
+                count=count,
+                steps=steps,
+                on_progress=update,
+            )
+        if as_json:
+            rows = {
+                each.scores.attribute: asdict(each.scores) | {"probmask": None}
+                for each in found.swaps
+            }
+            for direction in found.directions:
+                learnt = {"precision": direction.precision, "kept": direction.kept}
+                rows[direction.attribute]["probmask"] = learnt
+            typer.echo(json.dumps(rows, indent=1))
+        else:
+            print_swaps([each.scores for each in found.swaps])
+            if found.directions:
+                print_directions(found.directions)
+        if out is not None:
+            with working("drawing the page") as say:
+                page = make_page(model, run or checkpoint or "", found, steps=steps, say=say)
+            out.write_text(page, encoding="utf-8")
+            typer.echo(f"page: {out.resolve()}", err=as_json)

@@ -19,6 +19,9 @@ AuthorsConfig = Annotated[
         "--config", help="Its config.yml. Default: one beside the checkpoint or one folder up."
     ),
 ]
+Checkpoint = Annotated[
+    str | None, typer.Option(help="Instead of a run: a published .pt file of DiTi or PDAE.")
+]
 Ema = Annotated[bool, typer.Option("--ema/--no-ema", help="Averaged weights, or the online ones.")]
 Run = Annotated[str | None, typer.Argument(metavar="RUN", help="The run's folder: OUTPUT/NAME.")]
 TrainFeatures = Annotated[
