@@ -1,4 +1,4 @@
-"""The page of `diti eval counterfactual`: scores beside the pictures that they stand for.
+"""Counterfactuals on a page of their own, or in a report: scores beside pictures of what they mean.
 
 Letters: C channels, H height, W width.
 """
@@ -35,7 +35,21 @@ def make_page(
     steps: int,
     say: Callable[[str], None] = lambda text: None,
 ) -> str:
-    """The page, self-contained.
+    """The page, self-contained; arguments as of `counterfactual_sections`."""
+    sections = counterfactual_sections(model, found, steps=steps, say=say)
+    return render_page(
+        "counterfactual.html", {"title": f"Counterfactuals of {title}", "cf": sections}
+    )
+
+
+def counterfactual_sections(
+    model: DiTi,
+    found: Counterfactuals,
+    *,
+    steps: int,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Values of `counterfactual_sections.html`.
 
     Args:
         steps: of DDIM, in either direction.
@@ -54,21 +68,17 @@ def make_page(
         _manipulation(model, each, direction, steps=steps)
         for each, direction in zip(swaps, directions, strict=False)  # of the same sets, or none
     ]
-    return render_page(
-        "counterfactual.html",
-        {
-            "title": f"Counterfactuals of {title}",
-            "has_parts": model.partition.num_subsets > 1,
-            "pairs": swaps[0].scores.pairs,
-            "tiles": _tiles(swaps),
-            "columns": COLUMNS,
-            "explained": EXPLAINED,
-            "attributes": [_attribute(each) for each in swaps],
-            "interpolations": interpolations,
-            "manipulations": manipulations,
-            "precision_columns": list(directions[0].precision) if directions else [],
-        },
-    )
+    return {
+        "has_parts": model.partition.num_subsets > 1,
+        "pairs": swaps[0].scores.pairs,
+        "tiles": _tiles(swaps),
+        "columns": COLUMNS,
+        "explained": EXPLAINED,
+        "attributes": [_attribute(each) for each in swaps],
+        "interpolations": interpolations,
+        "manipulations": manipulations,
+        "precision_columns": list(directions[0].precision) if directions else [],
+    }
 
 
 def _tiles(swaps: Sequence[Swaps]) -> list[dict[str, str]]:

@@ -7,15 +7,18 @@ from configs.loading import dump_run
 from data_pipelines.feature_store import read_manifest
 from data_pipelines.object_store import ObjectStore
 from pretrain.checkpoint import read_metrics
+from pretrain.diti import DiTi
 from pretrain.step_clock import PHASES
 from pretrain.trained import digest_of, load_diti
 from tools import figures
 from tools.attribute_probe import ProbeResult
+from tools.counterfactual_page import counterfactual_sections
 from tools.denoising import FourLosses, four_losses, timestep_losses, to_unit
+from tools.evaluate_counterfactual import evaluate_counterfactual
 from tools.feature_sections import feature_sections
 from tools.labels import read_pixels, read_source
 from tools.page import render_page
-from tools.pictures import interpolations, reconstructions, to_pixels
+from tools.pictures import DDIM_STEPS, interpolations, reconstructions, to_pixels
 
 NUM_LOSS_IMAGES = 512
 NUM_CURVE_IMAGES = 192
@@ -31,6 +34,7 @@ def make_report(
     test_url: str,
     probes: list[ProbeResult],
     shortcut: str | None = None,
+    pairs_urls: Sequence[str] = (),
     say: Callable[[str], None] = lambda text: None,
 ) -> tuple[str, FourLosses]:
     """The page, and the four losses on it.
@@ -41,6 +45,7 @@ def make_report(
             losses and pictures.
         probes: from `tools.evaluate_attributes`, the whole feature first.
         shortcut: an attribute that misleads few-shot learning, for a section about it.
+        pairs_urls: shard sets of pairs, for sections about counterfactuals.
         say: told what comes next.
 
     Raises:
@@ -100,10 +105,30 @@ def make_report(
         "changes": [(item.name, f"{item.change:.1%}") for item in moved],
         "phases": [(phase, f"{_mean(metrics, f'share/{phase}'):.1%}") for phase in PHASES],
         "peak_share": f"{_mean(metrics, 'peak_share'):.0%}",
+        "cf": _counterfactuals(store, model, train_url, pairs_urls, say) if pairs_urls else None,
         "config": dump_run(config),
         **sections,
     }
     return render_page("report.html", page), losses
+
+
+def _counterfactuals(
+    store: ObjectStore,
+    model: DiTi,
+    train_url: str,
+    pairs_urls: Sequence[str],
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Classifiers learn on the images of the features that probes learn on."""
+    found = evaluate_counterfactual(
+        store,
+        model,
+        pairs_urls=pairs_urls,
+        labelled_url=read_manifest(store, train_url).source_url,
+        steps=DDIM_STEPS,
+        on_progress=lambda share, what: say(f"counterfactuals: {what}"),
+    )
+    return counterfactual_sections(model, found, steps=DDIM_STEPS, say=say)
 
 
 def _mean(metrics: Sequence[dict[str, Any]], name: str) -> float:

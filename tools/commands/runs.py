@@ -257,6 +257,13 @@ def report(
     ],
     untrained: Untrained = None,
     shortcut: Misleading = None,
+    pairs: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SHARDS",
+            help="Pairs that differ in one attribute, for counterfactuals; several times.",
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
 ) -> None:
     """One self-contained HTML page about a run: losses, pictures, probes.
@@ -283,6 +290,7 @@ def report(
                 test_url=test_features,
                 probes=probes,
                 shortcut=shortcut,
+                pairs_urls=pairs or (),
                 say=say,
             )
         out.write_text(page, encoding="utf-8")
