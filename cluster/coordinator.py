@@ -66,6 +66,11 @@ class ShardCoordinator:
         assert self._index is not None
         return self._index
 
+    def begin(self) -> None:
+        """A group of workers begins; what was heard of ranks of an earlier one says no more."""
+        self._progress.clear()
+        self._pulses.clear()
+
     def report(self, progress: Progress) -> None:
         """A rank's newest progress."""
         self._progress[progress.rank] = progress

@@ -30,10 +30,11 @@ from data_pipelines.object_store import StoreError, absolute
 from data_pipelines.sample_order import legal_world_sizes
 from pretrain import checkpoint
 from pretrain.backbone import BUILTIN_PREFIX
+from pretrain.fence import SupersededError, claim
 from pretrain.heartbeat import stalled
 from pretrain.preflight import Preflight, open_store, preflight, run_url
 from pretrain.progress import Progress
-from pretrain.publisher import SupersededError, claim, collect_orphans
+from pretrain.publisher import collect_orphans
 from pretrain.train import TrainingDivergedError, Wish, run
 
 POLL_SECONDS = 1.0
@@ -93,6 +94,9 @@ def launch_training(
             found = preflight(config, config.cluster.num_workers, allow_change, from_step)
             on_start(found)
             if found.is_done:
+                if from_step is not None:
+                    claim(store, run_url(config))
+                    checkpoint.go_back(store, run_url(config), from_step)
                 return checkpoint.find(store, run_url(config), None)
             # Once it has begun, the newest checkpoint is the one that may be found damaged.
             back_to, from_step = from_step, None
@@ -118,18 +122,18 @@ def _train(
         num_cpus=cluster.num_workers * cluster.cpus_per_worker,
         num_gpus=cluster.num_workers if cluster.use_gpu else 0,
     ):
-        attempt = claim(store, run_url(config))  # only now that nothing is left to be refused
+        launch = claim(store, run_url(config))  # only now that nothing is left to be refused
         if from_step is not None:
             checkpoint.go_back(store, run_url(config), from_step)
         collect_orphans(store, run_url(config))
-        name = f"coordinator-{config.name}-{attempt[:8]}"  # not that of an attempt still alive
+        name = f"coordinator-{config.name}-{launch[:8]}"  # not that of a launch still alive
         coordinator = start_coordinator(name, store, config.data.folders)
         result_of(coordinator.index.remote())
         watch = _Watch(coordinator, config, on_progress)
         try:
             stopping = _stops_when_terminated(coordinator, config.cluster.stop_seconds)
             with interrupts_raised(signal.SIGINT), stopping:
-                _trainer(config, local_dir, allow_change, name).fit()
+                _trainer(config, local_dir, allow_change, name, launch).fit()
             manifest = checkpoint.find(store, run_url(config), None)
         except (TrainingFailedError, StoreError) as error:
             raise _explain(config, error, watch.stalls, from_step) from error
@@ -180,7 +184,11 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
 
 
 def _trainer(
-    config: RunConfig, local_dir: Path, allow_change: Sequence[str], coordinator_name: str
+    config: RunConfig,
+    local_dir: Path,
+    allow_change: Sequence[str],
+    coordinator_name: str,
+    launch: str,
 ) -> TorchTrainer:
     cluster = config.cluster
     for patience in ("COLLECTIVE_TIMEOUT_S", "WORKER_HEALTH_CHECK_TIMEOUT_S"):
@@ -194,6 +202,7 @@ def _trainer(
         "local_dir": str(local_dir),
         "allow_change": list(allow_change),
         "coordinator": coordinator_name,
+        "launch": launch,
     }
     return _Trainer(
         _train_on_worker,
@@ -279,6 +288,8 @@ def _train_on_worker(arguments: dict[str, Any]) -> None:
     if not config.cluster.use_gpu:
         torch.set_num_threads(config.cluster.cpus_per_worker)
     coordinator = ray.get_actor(arguments["coordinator"], namespace=NAMESPACE)
+    if ray.train.get_context().get_world_rank() == 0:
+        result_of(coordinator.begin.remote())
     run(
         config,
         local_dir=Path(arguments["local_dir"]),
@@ -287,6 +298,7 @@ def _train_on_worker(arguments: dict[str, Any]) -> None:
         beat=coordinator.beat.remote,
         asked=_asker(coordinator),
         allow_change=arguments["allow_change"],
+        launch=arguments["launch"],
     )
 
 

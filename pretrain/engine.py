@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from configs.schema import EngineConfig, OptimizerConfig
 from pretrain.attention import DTYPES
-from pretrain.pieces import Piece
+from pretrain.pieces import Piece, shared_out
 from pretrain.run_plan import RunPlan
 from pretrain.step_clock import Clock, timed, untimed
 from pretrain.world import World
@@ -143,12 +143,13 @@ class Engine:
             self._norm = torch.nn.utils.get_total_norm(gradients)
 
     @property
-    def saves(self) -> slice:
-        """Which of its pieces this rank puts into a checkpoint: all, or its turn of those that
+    def saves(self) -> list[int]:
+        """Which of its pieces this rank puts into a checkpoint: all, or its share of those that
         every rank has."""
-        return (
-            slice(None) if self.zero_stage else slice(dist.get_rank(), None, dist.get_world_size())
-        )
+        if self.zero_stage:
+            return list(range(len(self.pieces)))
+        sizes = [piece.weights.numel() for piece in self.pieces]
+        return shared_out(sizes, dist.get_world_size())[dist.get_rank()]
 
     def average_buffers(self) -> None:
         """Give every rank the mean over ranks of BatchNorm's averages.

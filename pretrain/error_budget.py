@@ -1,7 +1,7 @@
 """How many samples had to be replaced, over all ranks, and when that is too many."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from data_pipelines.bad_samples import DeadLetter, TooManyBadSamplesError, ranked_causes
 from pretrain.world import gather_from_ranks
@@ -51,6 +51,10 @@ class ErrorBudget:
                 f"letters in the run's folder say which and why; mend them and ask "
                 f"`diti data repair`, or raise the budget (with --allow-change data.error_budget)."
             )
+
+    def put_back(self, letters: Sequence[DeadLetter]) -> None:
+        """Letters that are still to be written."""
+        self._unwritten = [*letters, *self._unwritten]
 
     def take_unwritten(self) -> list[DeadLetter]:
         """This rank's dead letters since the last call."""

@@ -48,6 +48,18 @@ def tensors_of(kind: str, pieces: Sequence[Piece], averages: Sequence[Tensor]) -
     return averages if kind == "ema" else [getattr(piece, kind) for piece in pieces]
 
 
+def shared_out(sizes: Sequence[int], world_size: int) -> list[list[int]]:
+    """Numbers of pieces that all ranks have, dealt so that each rank gets about as much: the
+    largest first, each to whoever has least so far."""
+    shares: list[list[int]] = [[] for _ in range(world_size)]
+    held = [0] * world_size
+    for number in sorted(range(len(sizes)), key=lambda number: (-sizes[number], number)):
+        rank = held.index(min(held))
+        shares[rank].append(number)
+        held[rank] += sizes[number]
+    return [sorted(share) for share in shares]
+
+
 def pack(places: Sequence[str], tensors: Sequence[Tensor]) -> MemoryFile:
     """A safetensors file of flat float32 ranges by their places.
 

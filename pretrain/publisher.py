@@ -5,9 +5,8 @@ listing of them. Rank 0 waits for all listings, compares them with what the stor
 COMPLETE.json last. Nothing here communicates but through the store, so no collective runs beside
 those of training. Only one checkpoint is on its way at a time.
 
-Who publishes is fenced: an attempt writes its name into the run's folder when it starts, and looks
-again before each manifest. So the workers of an earlier attempt that still run somewhere, cut off
-from the cluster, cannot publish behind the back of those that replaced them.
+Who publishes is fenced (`pretrain.fence`): rank 0 looks before each manifest whether it is its turn
+still. What another attempt has put there by then came late, and is replaced.
 """
 
 import hashlib
@@ -15,12 +14,11 @@ import json
 import logging
 import threading
 import time
-import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from data_pipelines.object_store import ObjectMissingError, ObjectStore, StoreError, join
+from data_pipelines.object_store import ObjectStore, StoreError, join
 from data_pipelines.upload_process import MemoryFile, UploadProcess
 from pretrain.checkpoint import (
     HISTORY_NAME,
@@ -35,20 +33,17 @@ from pretrain.checkpoint import (
     read_manifest,
     to_json,
 )
+from pretrain.fence import Fence, SupersededError
 from pretrain.pieces import KINDS
 from pretrain.world import World, from_first_rank
 
 File = tuple[str, bytes | MemoryFile]
 """Name below the parts, and what is in it."""
 _LARGE_BYTES = 16 * 2**20  # worth a process of its own
-_ATTEMPT_NAME = "attempt.json"
 _POLL_SECONDS = 0.2
+_TURN_SECONDS = 5.0  # far below any time limit of a collective
 _LINGER_SECONDS = 10.0
 _log = logging.getLogger(__name__)
-
-
-class SupersededError(RuntimeError):
-    """Another attempt of the same run has started; this one must not publish any more."""
 
 
 class Publisher:
@@ -64,16 +59,16 @@ class Publisher:
         store: ObjectStore,
         run_url: str,
         world: World,
+        fence: Fence,
         *,
         deadline_seconds: float,
         kept_steps: Callable[[Sequence[int]], set[int]],
     ) -> None:
-        self._store, self._run_url, self._world = store, run_url, world
+        self._store, self._run_url, self._world, self._fence = store, run_url, world, fence
         self._deadline_seconds, self._kept_steps = deadline_seconds, kept_steps
         self._uploads = UploadProcess(store)
         self._thread: threading.Thread | None = None
         self._outcome: Manifest | Exception | None = None
-        self._attempt = str(from_first_rank(claim(store, run_url) if world.is_first else None))
 
     def start(self, manifest: Manifest, files: Iterable[File]) -> None:
         """Begin to publish; returns at once. Call it on every rank, after `settle`.
@@ -83,7 +78,7 @@ class Publisher:
             files: this rank's; each is forgotten once it is in the store.
         """
         assert self._thread is None, "the one before must be settled first"
-        parts = f"parts-{self._attempt[:8]}-{manifest.step}"
+        parts = f"parts-{self._fence.group[:8]}-{manifest.step}"
         self._outcome = None
         self._thread = threading.Thread(
             target=self._work, args=(replace(manifest, parts=parts), list(files)), name="publish"
@@ -100,11 +95,13 @@ class Publisher:
         """
         if self._thread is None:
             return None
-        if wait:
-            self._thread.join()
-        outcome = from_first_rank(None if self._thread.is_alive() else self._outcome)
-        if outcome is None:
-            return None
+        outcome = None
+        while outcome is None:
+            if wait:  # in turns: a rank that waited in a collective meanwhile would be given up
+                self._thread.join(_TURN_SECONDS)
+            outcome = from_first_rank(None if self._thread.is_alive() else self._outcome)
+            if outcome is None and not wait:
+                return None
         self._thread.join()  # other ranks' uploads: they end by the store's deadline
         self._thread = None
         assert isinstance(outcome, Manifest | Exception)
@@ -185,30 +182,14 @@ class Publisher:
         return files
 
     def _commit(self, manifest: Manifest) -> None:
-        if (current := self._current_attempt()) != self._attempt:
-            raise SupersededError(
-                f"another attempt of the run at {self._run_url} has started ({_ATTEMPT_NAME} "
-                f"there is now {current}): {manifest.name} of this one is not published"
-            )
+        self._fence.check(self._store, self._run_url)
         where = join(checkpoints_url(self._run_url), manifest.name, MANIFEST_NAME)
-        if self._store.exists(where):
-            raise SupersededError(
-                f"another run of the same name has published {manifest.name} at {self._run_url} "
-                f"meanwhile; give this one another name"
-            )
         self._store.write(where, to_json(manifest))
+        if not self._fence.launch_is_newest(self._store, self._run_url):
+            # Claimed between the look and the write: its orphans, these parts, may be gone.
+            self._store.delete(where)
+            self._fence.check(self._store, self._run_url)
         point_to(self._store, self._run_url, manifest.step)
-
-    def _current_attempt(self) -> str:
-        """Who may publish, as the store says; or what is there instead."""
-        try:
-            said = self._store.read(_attempt_url(self._run_url))
-        except ObjectMissingError:
-            return "missing"
-        try:
-            return str(json.loads(said)["attempt"])
-        except (ValueError, TypeError, LookupError):
-            return "damaged"
 
     # --- what is not kept -----------------------------------------------------------------------
 
@@ -216,24 +197,16 @@ class Publisher:
         """Of complete checkpoints that are not kept, leave the lineage only."""
         steps = complete_steps(self._store, self._run_url)
         for step in sorted(set(steps) - self._kept_steps(steps)):
-            manifest = read_manifest(self._store, self._run_url, step)
+            try:
+                manifest = read_manifest(self._store, self._run_url, step)
+            except CheckpointError as error:
+                _log.warning("%s; it stays as it is", error)
+                continue
             folder = join(checkpoints_url(self._run_url), manifest.name)
             self._store.write(join(folder, HISTORY_NAME), to_json(manifest))
             self._store.delete(join(folder, MANIFEST_NAME))
             for kind in KINDS:
                 self._store.delete_prefix(join(parts_url(self._run_url, manifest), kind))
-
-
-def claim(store: ObjectStore, run_url: str) -> str:
-    """Say that a new attempt of the run has begun: from here on no earlier one publishes. Returns
-    its name."""
-    attempt = uuid.uuid4().hex
-    store.write(_attempt_url(run_url), to_json({"attempt": attempt}))
-    return attempt
-
-
-def _attempt_url(run_url: str) -> str:
-    return join(checkpoints_url(run_url), _ATTEMPT_NAME)
 
 
 def collect_orphans(store: ObjectStore, run_url: str) -> int:

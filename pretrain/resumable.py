@@ -75,6 +75,7 @@ def check_resumable(
         ValueError: `allow_change` names what may not be allowed.
     """
     check_allowed(allow_change)
+    _refuse_unknown(allow_change, config)
     card_then = manifest.backbone_card_sha256 or backbone_card_sha256
     settings = {
         key: text
@@ -121,6 +122,18 @@ def check_allowed(allow_change: Sequence[str]) -> None:
             raise ValueError(
                 f"--allow-change {key} cannot be allowed: {_why_not(key)}. What can be allowed, "
                 f"with all below it: {', '.join(MAY_BE_ALLOWED)}"
+            )
+
+
+def _refuse_unknown(allow_change: Sequence[str], config: RunConfig) -> None:
+    """Raises ValueError for a key below an allowed section that names nothing there."""
+    names = list(_flat(config.model_dump(mode="json")))
+    for key in allow_change:
+        if not any(_is_one_of(name, (key,)) for name in names):
+            section = key.partition(".")[0]
+            beside = [name for name in names if name.partition(".")[0] == section]
+            raise ValueError(
+                f"--allow-change {key}: there is no such setting; {section} has {', '.join(beside)}"
             )
 
 

@@ -10,8 +10,8 @@ from safetensors.torch import save as save_safetensors
 
 from configs.loading import dump_run
 from configs.schema import RunConfig
-from data_pipelines.bad_samples import DEAD_LETTERS, DeadLetter, to_json_lines
-from data_pipelines.object_store import ObjectStore, join
+from data_pipelines.bad_samples import DEAD_LETTERS, to_json_lines
+from data_pipelines.object_store import ObjectStore, StoreError, join
 from data_pipelines.sample_stream import Batch
 from data_pipelines.shard_index import ShardIndex
 from pretrain import checkpoint
@@ -19,11 +19,12 @@ from pretrain.backbone import Backbone
 from pretrain.ema import Ema
 from pretrain.engine import Engine
 from pretrain.error_budget import ErrorBudget
+from pretrain.fence import Fence, SupersededError
 from pretrain.journal import Journal
 from pretrain.metrics import MetricsLog
 from pretrain.pieces import KINDS, pack, tensors_of
 from pretrain.preflight import run_url
-from pretrain.publisher import File, Publisher, SupersededError, kept_steps
+from pretrain.publisher import File, Publisher, kept_steps
 from pretrain.run_plan import RunPlan
 from pretrain.sentinels import Fault
 from pretrain.world import World
@@ -48,6 +49,7 @@ class Saver:
         index: ShardIndex,
         backbone: Backbone | None,
         newest: checkpoint.Manifest | None,
+        fence: Fence,
     ) -> None:
         self.config = config
         self.store = store
@@ -63,6 +65,7 @@ class Saver:
             store,
             self.run_url,
             world,
+            fence,
             deadline_seconds=config.train.publish_deadline_seconds,
             kept_steps=partial(
                 kept_steps,
@@ -152,24 +155,33 @@ class Saver:
     ) -> Iterator[File]:
         """This rank's, as they are now: training goes on changing what they are made of."""
         rank = self.world.rank
-        places = [piece.place for piece in engine.pieces[engine.saves]]
+        saved = engine.saves
+        places = [engine.pieces[number].place for number in saved]
         for kind in KINDS:
-            live = tensors_of(kind, engine.pieces, ema.tensors)[engine.saves]
-            yield checkpoint.piece_file(kind, rank), pack(places, live)
+            live = tensors_of(kind, engine.pieces, ema.tensors)
+            packed = pack(places, [live[number] for number in saved])
+            yield checkpoint.piece_file(kind, rank), packed
         yield f"samples-{rank:05d}.tsv", self._samples.take().encode()
         if self.world.is_first:
             yield checkpoint.METRICS_NAME, metrics.journal.take().encode()
             yield checkpoint.RUN_NAME, dump_run(self.config).encode()
             if engine.buffers:
                 yield checkpoint.BUFFERS_NAME, save_safetensors(dict(engine.buffers))
-        self.write_dead_letters(step, budget.take_unwritten())
+        self.write_dead_letters(step, budget)
 
-    def write_dead_letters(self, step: int, letters: list[DeadLetter]) -> None:
-        """Object stores cannot append: one object per rank and checkpoint."""
-        if letters:
-            name = f"step-{step:08d}-rank-{self.world.rank:05d}.jsonl"
-            where = join(self.run_url, DEAD_LETTERS, name)
+    def write_dead_letters(self, step: int, budget: ErrorBudget) -> None:
+        """Object stores cannot append: one object per rank and checkpoint. What cannot be written
+        goes with the next."""
+        letters = budget.take_unwritten()
+        if not letters:
+            return
+        name = f"step-{step:08d}-rank-{self.world.rank:05d}.jsonl"
+        where = join(self.run_url, DEAD_LETTERS, name)
+        try:
             self.store.write(where, to_json_lines(letters).encode())
+        except StoreError as error:
+            _log.warning("%s; the dead letters go with the next checkpoint's", error)
+            budget.put_back(letters)
 
     @property
     def faults_url(self) -> str:
@@ -178,4 +190,7 @@ class Saver:
     def write_fault(self, fault: Fault) -> None:
         """The samples of a step that came to no finite number."""
         name = f"step-{fault.taken.step:08d}-rank-{fault.rank:05d}.json"
-        self.store.write(join(self.faults_url, name), fault.to_json())
+        try:
+            self.store.write(join(self.faults_url, name), fault.to_json())
+        except StoreError as error:  # what went wrong before it must still be told
+            _log.warning("the samples of the fault are not kept: %s", error)

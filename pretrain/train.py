@@ -33,6 +33,7 @@ from pretrain.diti import DiTi
 from pretrain.ema import Ema
 from pretrain.engine import Engine, place_frozen
 from pretrain.error_budget import ErrorBudget
+from pretrain.fence import enter_together
 from pretrain.heartbeat import heartbeat
 from pretrain.inputs import Model, OfTimesteps, to_tensors
 from pretrain.metrics import MetricsLog
@@ -79,6 +80,7 @@ def run(
     beat: Callable[[Pulse], object] = lambda pulse: None,
     asked: Callable[[], Wish] = lambda: Wish.GO_ON,
     allow_change: Sequence[str] = (),
+    launch: str | None = None,
 ) -> checkpoint.Manifest:
     """Train until `train.total_images`, from the newest complete checkpoint if there is one.
 
@@ -90,11 +92,13 @@ def run(
         asked: what whoever runs this wants; called by all ranks together, with each report. The
             answer of rank 0 counts.
         allow_change: settings that may differ from those of the checkpoint, see `resumable`.
+        launch: the driver's, see `fence`; None begins one.
 
     Returns:
         The manifest of the last checkpoint.
 
     Raises:
+        SupersededError: another attempt of this run has started.
         CheckpointError: the run's folder holds checkpoints of another configuration.
         TrainingDivergedError: the loss, the gradient or a weight is NaN or infinite.
         TooManyBadSamplesError: more samples cannot be used than `data.error_budget` allows.
@@ -105,6 +109,7 @@ def run(
     plan = plan_run(config.train, world.size)
     index = index or read_sets(store, config.data.folders)
     order = sample_order(config, index)
+    fence = enter_together(store, run_url(config), world, launch)  # before the newest is read
     newest = checkpoint.newest_for_all(store, run_url(config), world)
 
     # --- what: model, engine, average --------------------------------------------------------
@@ -117,7 +122,7 @@ def run(
         load_start(model, store)
     engine = Engine(model, config.engine, config.optimizer, plan, world, clock)
     ema = Ema([piece.weights for piece in engine.pieces], config.train.ema_decay)
-    saver = Saver(config, store, world, plan, index, backbone, newest)
+    saver = Saver(config, store, world, plan, index, backbone, newest, fence)
     if newest is not None:
         restore(
             newest, store, config, index, backbone, engine, ema,
@@ -239,7 +244,7 @@ def _check(progress: Progress, window: Window, budget: ErrorBudget, saver: Saver
     try:
         budget.check(progress.images)
     except TooManyBadSamplesError:
-        saver.write_dead_letters(progress.step, budget.take_unwritten())
+        saver.write_dead_letters(progress.step, budget)
         raise
 
 
@@ -318,5 +323,6 @@ def _next_or_letters(
     try:
         return next(batches)
     except TooManyBadSamplesError as error:
-        saver.write_dead_letters(step, [*budget.take_unwritten(), *error.letters])
+        budget.put_back(error.letters)
+        saver.write_dead_letters(step, budget)
         raise

@@ -144,6 +144,7 @@ def _places(found: Disentanglement) -> dict[str, Any]:
 def _few_shot(
     store: ObjectStore, train_url: str, test_url: str, shortcut: str, say: Callable[[str], None]
 ) -> dict[str, Any]:
+    say("learning from a few examples")
     plain, misled = (
         evaluate_few_shot(
             store,
@@ -152,7 +153,6 @@ def _few_shot(
             draws=FEW_SHOT_DRAWS,
             shortcut=each,
             pixels=False,
-            on_result=lambda result: say(f"learning from {result.shots} examples, {result.name}"),
         )
         for each in (None, Shortcut(shortcut, 1.0))
     )
@@ -176,6 +176,7 @@ def _classes(
     store: ObjectStore, train_url: str, test_url: str, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """A row for each kind of class that both halves have enough of; what has none is left out."""
+    say("recognising classes")
     train, test = read_halves(store, train_url, test_url, classes_of)
     whole = representations_of(train, test)[0]
     rows = []
@@ -184,7 +185,6 @@ def _classes(
         known = set(whole.train_y[:, number].tolist())
         if len(values) < 2 or not known.issuperset(values.tolist()):
             continue
-        say(f"recognising {name}")
         near, line = (probe_classes(whole, number, each) for each in (by_neighbours, by_a_line))
         rows.append(
             {

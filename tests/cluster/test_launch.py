@@ -81,9 +81,14 @@ def test_a_start_that_is_refused_by_ray_changes_nothing(
         on_gpu = longer(config, 96).model_copy(update={"cluster": cluster})
         with pytest.raises(ValueError, match="wants 1 GPUs"):
             launch_training(on_gpu, local_dir=tmp_path / "local", from_step=1)
+        assert manifests(config) == before
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{free_port()}")
     begun = time.monotonic()
     with pytest.raises(ClusterError, match="there is no Ray cluster at RAY_ADDRESS="):
         launch_training(longer(config, 96), local_dir=tmp_path / "local", from_step=1)
     assert time.monotonic() - begun < 60
     assert manifests(config) == before
+
+    shorter = longer(config, 32)
+    assert launch_training(shorter, local_dir=tmp_path / "local", from_step=1).step == 1
+    assert checkpoint.complete_steps(STORE, run_url(config)) == [0, 1], "what is done goes back too"

@@ -24,10 +24,12 @@ from data_pipelines.object_store import (
 )
 from data_pipelines.upload_process import MemoryFile
 from pretrain import checkpoint
+from pretrain import publisher as publisher_module
 from pretrain.checkpoint import CheckpointError, Manifest
-from pretrain.publisher import Publisher, SupersededError, claim, collect_orphans, kept_steps
+from pretrain.fence import Fence, SupersededError, claim, enter
+from pretrain.publisher import Publisher, collect_orphans, kept_steps
 from pretrain.resumable import MAY_CHANGE, changed_settings, check_resumable
-from pretrain.world import World
+from pretrain.world import World, from_first_rank
 from tests.tiny_run import RUN
 
 STORE = ObjectStore()
@@ -62,6 +64,11 @@ def make_manifest(step: int, parent: int | None = None) -> Manifest:
     )
 
 
+def newest_turn(url: str) -> Fence:
+    """Of a launch and a group that begin now."""
+    return enter(STORE, url, claim(STORE, url))
+
+
 @dataclass(frozen=True)
 class Run:
     """A run's folder in a local store, and what publishes below it."""
@@ -79,7 +86,9 @@ class Run:
     ) -> Manifest:
         """Publish `files`, from a publisher of its own, as a restarted run does."""
         keep = partial(kept_steps, keep_last=keep_last, keep_every_steps=None)
-        publisher = Publisher(store, self.url, ALONE, deadline_seconds=5, kept_steps=keep)
+        publisher = Publisher(
+            store, self.url, ALONE, newest_turn(self.url), deadline_seconds=5, kept_steps=keep
+        )
         contents = files or {"weights/00000.safetensors": WEIGHTS}
         publisher.start(
             make_manifest(step, parent),
@@ -602,12 +611,21 @@ def test_what_would_make_it_another_run_cannot_be_allowed(manifest: Manifest, ke
         resume(manifest, make_config(), allow_change=(key,))
 
 
+@pytest.mark.parametrize("key", ["optimizer.lr", "optimizer.learning_rate=3"])
+def test_what_is_allowed_must_be_a_setting(manifest: Manifest, key: str):
+    with pytest.raises(
+        ValueError, match=r"no such setting; optimizer has .*optimizer\.learning_rate"
+    ):
+        resume(manifest, make_config(), allow_change=(key,))
+
+
 # --- one attempt publishes at a time --------------------------------------------------------------
 
 
 def test_an_attempt_that_was_replaced_publishes_no_more(run: Run):
     old, new = (
-        Publisher(STORE, run.url, ALONE, deadline_seconds=5, kept_steps=set) for _ in range(2)
+        Publisher(STORE, run.url, ALONE, newest_turn(run.url), deadline_seconds=5, kept_steps=set)
+        for _ in range(2)
     )
     old.start(make_manifest(2), [("metrics.jsonl", b"old")])
     assert isinstance(old.settle(wait=True), SupersededError)
@@ -622,7 +640,9 @@ def test_an_attempt_that_was_replaced_publishes_no_more(run: Run):
     ("content", "found"), [(None, "missing"), (b"[1]", "damaged"), (b"\xff", "damaged")]
 )
 def test_whose_turn_it_is_must_be_said(run: Run, content: bytes | None, found: str):
-    publisher = Publisher(STORE, run.url, ALONE, deadline_seconds=5, kept_steps=set)
+    publisher = Publisher(
+        STORE, run.url, ALONE, newest_turn(run.url), deadline_seconds=5, kept_steps=set
+    )
     path = Path(run.url, "checkpoints", "attempt.json")
     path.unlink() if content is None else path.write_bytes(content)
     publisher.start(make_manifest(2), [("metrics.jsonl", b"")])
@@ -632,7 +652,7 @@ def test_whose_turn_it_is_must_be_said(run: Run, content: bytes | None, found: s
 
 
 def test_an_attempt_whose_orphans_are_collected_publishes_no_more(run: Run):
-    old = Publisher(STORE, run.url, ALONE, deadline_seconds=5, kept_steps=set)
+    old = Publisher(STORE, run.url, ALONE, newest_turn(run.url), deadline_seconds=5, kept_steps=set)
     claim(STORE, run.url)
     old.start(make_manifest(2), [("metrics.jsonl", b"old")])
     assert isinstance(old.settle(wait=True), SupersededError)
@@ -641,7 +661,9 @@ def test_an_attempt_whose_orphans_are_collected_publishes_no_more(run: Run):
 
 
 def test_a_rank_that_cannot_send_its_own_part_in_time_gives_it_up(run: Run):
-    publisher = Publisher(STORE, run.url, ALONE, deadline_seconds=6, kept_steps=set)
+    publisher = Publisher(
+        STORE, run.url, ALONE, newest_turn(run.url), deadline_seconds=6, kept_steps=set
+    )
     large = MemoryFile(17 * 2**20)
     publisher.start(make_manifest(1), [("weights/0", large)])
     assert isinstance(publisher.settle(wait=True), Manifest)
@@ -666,29 +688,101 @@ class SlowStore(ObjectStore):
 
 
 def test_a_rank_whose_many_small_files_take_too_long_gives_its_part_up(run: Run):
-    publisher = Publisher(SlowStore(), run.url, ALONE, deadline_seconds=0.5, kept_steps=set)
+    publisher = Publisher(
+        SlowStore(), run.url, ALONE, newest_turn(run.url), deadline_seconds=0.5, kept_steps=set
+    )
     publisher.start(make_manifest(1), [(f"weights/{n}", b"small") for n in range(30)])
     outcome = publisher.settle(wait=True)
     assert "rank 0's part had not arrived" in str(outcome)
     assert len(list(Path(run.url).rglob("weights/*"))) < 10, "the rest was not even tried"
 
 
-def test_a_complete_checkpoint_is_not_replaced_by_another_runs(run: Run):
-    first = Publisher(STORE, run.url, ALONE, deadline_seconds=5, kept_steps=set)
-    first.start(make_manifest(2), [("metrics.jsonl", b"first")])
-    assert isinstance(first.settle(wait=True), Manifest)
-    second = Publisher(STORE, run.url, ALONE, deadline_seconds=5, kept_steps=set)
-    second.start(make_manifest(2), [("metrics.jsonl", b"second")])
-    error = second.settle(wait=True)
-    assert isinstance(error, SupersededError)
-    assert "another run of the same name has published step-00000002" in str(error)
+def test_a_rank_that_waits_for_the_last_checkpoint_meets_the_others_meanwhile(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+):
+    """Who stays away from a collective for longer than its time limit ends the group."""
+    met: list[object] = []
+
+    def meet(value: object) -> object:
+        met.append(value)
+        return from_first_rank(value)
+
+    monkeypatch.setattr(publisher_module, "from_first_rank", meet)
+    monkeypatch.setattr(publisher_module, "_TURN_SECONDS", 0.2)
+    publisher = Publisher(
+        SlowStore(), run.url, ALONE, newest_turn(run.url), deadline_seconds=9, kept_steps=set
+    )
+    publisher.start(make_manifest(1), [(f"weights/{n}", b"small") for n in range(8)])
+    assert isinstance(publisher.settle(wait=True), Manifest)
+    assert len(met) >= 5
+    assert met[:-1] == [None] * (len(met) - 1)
+
+
+def test_what_an_earlier_attempt_has_published_late_is_replaced(run: Run):
+    late = Publisher(
+        STORE, run.url, ALONE, newest_turn(run.url), deadline_seconds=5, kept_steps=set
+    )
+    late.start(make_manifest(2), [("metrics.jsonl", b"late")])
+    assert isinstance(late.settle(wait=True), Manifest)
+    newest = Publisher(
+        STORE, run.url, ALONE, newest_turn(run.url), deadline_seconds=5, kept_steps=set
+    )
+    newest.start(make_manifest(2), [("metrics.jsonl", b"newest")])
+    assert isinstance(newest.settle(wait=True), Manifest)
     kept = checkpoint.read_manifest(STORE, run.url, 2)
-    assert checkpoint.read_file(STORE, run.url, kept, "metrics.jsonl") == b"first"
+    assert checkpoint.read_file(STORE, run.url, kept, "metrics.jsonl") == b"newest"
+
+
+def test_a_launch_that_was_taken_over_cannot_take_its_turn_back(run: Run):
+    older = claim(STORE, run.url)
+    enter(STORE, run.url, older)
+    newer = newest_turn(run.url)
+    with pytest.raises(SupersededError, match="another attempt of the run"):
+        enter(STORE, run.url, older)
+    newer.check(STORE, run.url)
+
+
+def test_a_group_of_the_same_launch_ends_the_one_before(run: Run):
+    launch = claim(STORE, run.url)
+    before, after = (enter(STORE, run.url, launch) for _ in range(2))
+    after.check(STORE, run.url)
+    with pytest.raises(SupersededError, match=r"attempt-[0-9a-f]{8}\.json there is now"):
+        before.check(STORE, run.url)
+
+
+class TakenOverStore(ObjectStore):
+    """A newer launch claims the run, and removes orphans, while a manifest is being written."""
+
+    def write(self, url: str, data: bytes, *, only_if_absent: bool = False) -> ObjectInfo:
+        if url.endswith("COMPLETE.json"):
+            run_url = url.partition("/checkpoints/")[0]
+            claim(STORE, run_url)
+            assert collect_orphans(STORE, run_url) == 2
+        return super().write(url, data, only_if_absent=only_if_absent)
+
+
+def test_a_manifest_that_lands_behind_a_newer_launch_is_withdrawn(run: Run):
+    publisher = Publisher(
+        TakenOverStore(), run.url, ALONE, newest_turn(run.url), deadline_seconds=5, kept_steps=set
+    )
+    publisher.start(make_manifest(2), [("metrics.jsonl", b"")])
+    assert isinstance(publisher.settle(wait=True), SupersededError)
+    assert checkpoint.complete_steps(STORE, run.url) == []
+
+
+def test_an_unreadable_old_checkpoint_keeps_no_other_from_being_thinned_out(run: Run):
+    for step in (0, 2, 4):
+        run.publish(step)
+    run.manifest_path(2).write_bytes(b"{")
+    run.publish(6, keep_last=1)
+    assert checkpoint.complete_steps(STORE, run.url) == [0, 2, 6]
 
 
 def test_a_part_that_does_not_arrive_is_named_after_the_deadline(run: Run):
     two = World(0, 2, torch.device("cpu"))
-    publisher = Publisher(STORE, run.url, two, deadline_seconds=0.3, kept_steps=set)
+    publisher = Publisher(
+        STORE, run.url, two, newest_turn(run.url), deadline_seconds=0.3, kept_steps=set
+    )
     publisher.start(make_manifest(2), [])
     assert publisher.settle(wait=False) is None
     outcome = publisher.settle(wait=True)
@@ -768,7 +862,7 @@ def test_going_back_sets_later_checkpoints_aside_and_keeps_their_files(run: Run)
     assert collect_orphans(STORE, run.url) == 0
     again = run.publish(4, parent=2)
     assert checkpoint.find(STORE, run.url, None) == again
-    assert len(STORE.list(run.url)) == before + 3, "manifest, weights and listing beside the old"
+    assert len(STORE.list(run.url)) == before + 4, "manifest, weights, listing, turn"
     with pytest.raises(CheckpointError, match="no complete checkpoint at step 6"):
         checkpoint.go_back(STORE, run.url, 6)
 

@@ -25,16 +25,23 @@ from data_pipelines.bad_samples import (
     TooManyBadSamplesError,
     from_json_lines,
 )
-from data_pipelines.object_store import ObjectStore, join
+from data_pipelines.object_store import (
+    ObjectInfo,
+    ObjectStore,
+    StoreUnavailableError,
+    join,
+)
 from data_pipelines.sample_stream import Batch
 from data_pipelines.shard_index import read_index
 from data_pipelines.tar_members import ShardMismatchError
 from pretrain import checkpoint, train
 from pretrain.error_budget import ErrorBudget
+from pretrain.fence import SupersededError, claim, enter
 from pretrain.inputs import to_tensors
 from pretrain.position_noise import draw
 from pretrain.preflight import preflight, run_url, sample_order
 from pretrain.progress import Progress
+from pretrain.publisher import Publisher
 from pretrain.replay import replay
 from pretrain.run_plan import plan_run
 from pretrain.train import TrainingDivergedError, build_model, open_batches, run
@@ -312,6 +319,57 @@ def repair(config: RunConfig, exit_code: int) -> str:
     result = CliRunner().invoke(app, ["data", "repair", run_url(config)])
     assert result.exit_code == exit_code, result.output
     return result.output
+
+
+def test_an_earlier_group_publishes_nothing_once_another_has_begun(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+):
+    """Cut off from the cluster, it may still reach the store while the model is being built."""
+    config = make_run(STORE, str(tmp_path), *SHORT)
+    url, build = run_url(config), train.build_model
+    newest = run(config, local_dir=tmp_path)
+    launch = claim(STORE, url)
+    fence = enter(STORE, url, launch)
+    cut_off = Publisher(STORE, url, world, fence, deadline_seconds=5, kept_steps=set)
+
+    def build_meanwhile(*arguments: Any, **settings: Any) -> Any:
+        late = replace(newest, step=6, images=48, parent=newest.name, files={})
+        cut_off.start(late, [("metrics.jsonl", b"")])
+        assert isinstance(cut_off.settle(wait=True), SupersededError)
+        return build(*arguments, **settings)
+
+    monkeypatch.setattr(train, "build_model", build_meanwhile)
+    longer = make_run(STORE, str(tmp_path), *SHORT, "train.total_images=48")
+    assert run(longer, local_dir=tmp_path, launch=launch).step == 6
+    assert len(trained_on(longer)) == 48
+
+
+class AwayStore(ObjectStore):
+    """Takes nothing for a run's folder while it is away."""
+
+    away = False
+
+    def write(self, url: str, data: bytes, *, only_if_absent: bool = False) -> ObjectInfo:
+        if self.away and "/runs/" in url:
+            raise StoreUnavailableError(f"{url}: the store does not answer")
+        return super().write(url, data, only_if_absent=only_if_absent)
+
+
+def test_dead_letters_that_storage_does_not_take_go_with_a_later_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    longer = ("train.total_images=96", "data.error_budget=0.1")
+    config = make_run(STORE, str(tmp_path), *SHORT, *longer)
+    spoil(config, "00001.tar", "000010005.jpg")
+    store = AwayStore()
+    monkeypatch.setattr(train, "open_store", lambda config: store)
+
+    def leave(progress: Progress) -> None:
+        store.away = progress.step < 11
+
+    assert run(config, local_dir=tmp_path, report=leave).step == 12
+    assert checkpoint.complete_steps(STORE, run_url(config)) == [0, 12]
+    assert [letter.row for letter in letters_of(config)] == [5]
 
 
 def test_a_position_counts_once_however_many_substitutes_are_bad_too(world: World):

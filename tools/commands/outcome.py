@@ -15,9 +15,9 @@ def clear_errors(*, goes_on: bool = False, without: str | None = None) -> Iterat
 
     Args:
         goes_on: after Ctrl-C, the same command takes up its work where it was.
-        without: an option that must then be left out.
+        without: an option that must be left out, if what it asks for was done before that.
     """
-    but = f" without {without}" if without else ""
+    but = f" (without {without}, once it has gone back)" if without else ""
     again = f"; run the same command again{but} to go on" if goes_on else ""
     try:
         yield
