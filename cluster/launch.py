@@ -159,7 +159,7 @@ def _stops_when_terminated(coordinator: Any, seconds: float) -> Iterator[None]:
 
     def ask(*_: object) -> None:
         coordinator.ask_to_stop.remote()
-        if not timer.is_alive():
+        if timer.ident is None:  # once: a second SIGTERM asks again, and waits no longer
             timer.start()
 
     before = signal.signal(signal.SIGTERM, ask)
@@ -312,10 +312,9 @@ def _asker(coordinator: Any) -> Callable[[], Wish]:
         leaving = ray.train.get_preemption_info() is not None  # Ray's own barrier
         if is_first and result_of(coordinator.stop_asked.remote()):
             return Wish.STOP
-        if leaving and not saved:
-            saved = True
-            return Wish.SAVE
-        return Wish.GO_ON
+        wish = Wish.SAVE if leaving and not saved else Wish.GO_ON
+        saved = leaving  # another notice is another save
+        return wish
 
     return ask
 

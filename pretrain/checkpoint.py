@@ -137,7 +137,7 @@ def read_manifest(store: ObjectStore, run_url: str, step: int) -> Manifest:
     try:
         return manifest_at(store, where)
     except UnreadableError as error:
-        raise DamagedError(f"{error}; {_instead(store, run_url, step)}") from error
+        raise DamagedError(f"{error}; {instead(store, run_url, step)}") from error
 
 
 def manifest_at(store: ObjectStore, where: str) -> Manifest:
@@ -270,7 +270,7 @@ def check_files(store: ObjectStore, run_url: str, manifest: Manifest) -> None:
         if found != size:
             raise DamagedError(
                 f"{join(base, name)} {'is missing' if found is None else f'has {found} bytes'}, "
-                f"its manifest names {size} bytes; {_instead(store, run_url, manifest.step)}"
+                f"its manifest names {size} bytes; {instead(store, run_url, manifest.step)}"
             )
 
 
@@ -291,19 +291,19 @@ def read_file(store: ObjectStore, run_url: str, manifest: Manifest, name: str) -
     except ObjectMissingError as error:
         raise DamagedError(
             f"{where} is missing, although its manifest names it; "
-            f"{_instead(store, run_url, manifest.step)}"
+            f"{instead(store, run_url, manifest.step)}"
         ) from error
     size, digest = manifest.files[name]
     found = hashlib.sha256(data).hexdigest()
     if len(data) != size or found != digest:
         raise DamagedError(
             f"{where} is damaged: {len(data)} bytes with SHA-256 {found[:12]}…, its manifest names "
-            f"{size} bytes with {digest[:12]}…; {_instead(store, run_url, manifest.step)}"
+            f"{size} bytes with {digest[:12]}…; {instead(store, run_url, manifest.step)}"
         )
     return data
 
 
-def _instead(store: ObjectStore, run_url: str, step: int) -> str:
+def instead(store: ObjectStore, run_url: str, step: int) -> str:
     """What to use in place of a damaged checkpoint."""
     older = next_older(store, run_url, step)
     if older is None:
@@ -336,7 +336,7 @@ def read_tensors(
     except (PiecesError, SafetensorError) as error:
         raise DamagedError(
             f"the {kind} of checkpoint {manifest.name} of {run_url} cannot be used: {error}; "
-            f"{_instead(store, run_url, manifest.step)}"
+            f"{instead(store, run_url, manifest.step)}"
         ) from error
 
 

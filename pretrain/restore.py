@@ -51,9 +51,9 @@ def restore(
             files = checkpoint.read_pieces(store, where, manifest, kind, first=rank)
             fill_pieces(engine.pieces, tensors_of(kind, engine.pieces, ema.tensors), files)
     except (PiecesError, SafetensorError) as error:
-        raise checkpoint.CheckpointError(
-            f"checkpoint {manifest.name} of {where} cannot be used: {error}; use an older "
-            f"checkpoint"
+        raise checkpoint.DamagedError(
+            f"checkpoint {manifest.name} of {where} cannot be used: {error}; "
+            f"{checkpoint.instead(store, where, manifest.step)}"
         ) from error
     for name, buffer in checkpoint.read_buffers(store, where, manifest).items():
         engine.buffers[name].copy_(buffer)

@@ -1,5 +1,6 @@
 """A run's start on Ray: what is refused changes nothing; a damaged checkpoint is set aside."""
 
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +16,15 @@ from configs.schema import RunConfig
 from data_pipelines.object_store import ObjectStore
 from pretrain import checkpoint
 from pretrain.preflight import run_url
+from pretrain.train import run
 from tests.tiny_run import make_run
 from tools.benchmarks.ranks import free_port
 
 STORE = ObjectStore()
 ONE_WORKER = ("cluster.num_workers=1", "train.checkpoint_every_images=32")
+
+
+pytestmark = pytest.mark.usefixtures("world")
 
 
 def longer(config: RunConfig, images: int, **settings: object) -> RunConfig:
@@ -45,28 +50,29 @@ def test_a_damaged_checkpoint_ends_the_run_or_is_set_aside_as_configured(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_run(STORE, str(tmp_path), *ONE_WORKER, "train.total_images=64")
+    manifest = run(config, local_dir=tmp_path / "local")
+    assert checkpoint.complete_steps(STORE, run_url(config)) == [0, 1, 2]
     with ray_session(num_cpus=1):
-        manifest = launch_training(config, local_dir=tmp_path / "local")
-        assert checkpoint.complete_steps(STORE, run_url(config)) == [0, 1, 2]
         weights = Path(checkpoint.parts_url(run_url(config), manifest), "weights/00000.safetensors")
         data = bytearray(weights.read_bytes())
         data[len(data) // 2] ^= 1
         weights.write_bytes(data)
-
-        with pytest.raises(checkpoint.DamagedError, match=r"is damaged: .* --from-step 1$"):
-            launch_training(longer(config, 96), local_dir=tmp_path / "local")
-        assert checkpoint.complete_steps(STORE, run_url(config)) == [0, 1, 2]
 
         calls: list[str] = []
         for name in ("claim", "collect_orphans"):
             monkeypatch.setattr(launch, name, recording(calls, getattr(launch, name)))
         going_back = longer(config, 96, if_damaged="go_back")
         manifest = launch_training(going_back, local_dir=tmp_path / "local")
-    assert "Going back to step 1 (train.if_damaged)" in caplog.text
+    assert re.search(r"is damaged: .* --from-step 1\. Going back to step 1 \(train", caplog.text)
     assert calls == ["claim", "collect_orphans"] * 2, "of older attempts none may publish by then"
     assert [path.name[:11] for path in weights.parents[2].glob("S*")] == ["SUPERSEDED-"]
     assert checkpoint.complete_steps(STORE, run_url(config)) == [0, 1, 2, 3]
     assert [p for p, _ in checkpoint.read_samples(STORE, run_url(config), manifest)] == [*range(96)]
+
+    Path(checkpoint.parts_url(run_url(config), manifest), "weights/00000.safetensors").unlink()
+    with pytest.raises(checkpoint.DamagedError, match=r"is missing.* --from-step 2$"):
+        launch_training(longer(config, 128), local_dir=tmp_path / "local")
+    assert checkpoint.complete_steps(STORE, run_url(config)) == [0, 1, 2, 3]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -74,8 +80,8 @@ def test_a_start_that_is_refused_by_ray_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_run(STORE, str(tmp_path), *ONE_WORKER, "train.total_images=64")
+    run(config, local_dir=tmp_path / "local")
     with ray_session(num_cpus=1):
-        launch_training(config, local_dir=tmp_path / "local")
         before = manifests(config)
         cluster = config.cluster.model_copy(update={"use_gpu": True})
         on_gpu = longer(config, 96).model_copy(update={"cluster": cluster})
