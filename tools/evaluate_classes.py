@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from data_pipelines.object_store import ObjectStore
 from tools.class_probe import Classifier, ClassResult, probe_classes
-from tools.labelled_features import raw_pixels, read_halves, representations_of
+from tools.labelled_features import read_halves, representations_of
 from tools.labels import classes_of
 
 
@@ -31,11 +31,8 @@ def evaluate_classes(
     """
     train, test = read_halves(store, train_url, test_url, classes_of)
     number = number_of(label, train.labels.names)
-    representations = representations_of(train, test)
-    if pixels:
-        representations.append(raw_pixels(train, test))
     results = []
-    for representation in representations:
+    for representation in representations_of(train, test, pixels=pixels):
         results.append(probe_classes(representation, number, classify))
         on_result(results[-1])
     return results

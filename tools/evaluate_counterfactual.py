@@ -21,7 +21,14 @@ from torch import Tensor
 from data_pipelines.object_store import ObjectStore
 from pretrain.diti import DiTi
 from pretrain.partition import Partition, Subset
-from pretrain.sampling import ddim_encode, ddim_sample, diti_estimate, mix_subsets
+from pretrain.sampling import (
+    Walk,
+    ddim_walk,
+    decode_walk,
+    diti_estimate,
+    encode_walk,
+    mix_subsets,
+)
 from tools.attribute_directions import Direction, directions_of
 from tools.attribute_probe import refuse_constant
 from tools.counterfactual import (
@@ -213,24 +220,25 @@ def infer_noise(
     model: DiTi, images_BCHW: Tensor, z_BD: Tensor, *, steps: int, end: int | None = None
 ) -> Tensor:
     """The x_t that decodes to these images, at the end of the trained time-steps or at `end`."""
-    end = model.timesteps.trained_range[1] - 1 if end is None else end
-    return torch.cat(
-        [
-            ddim_encode(model.schedule, diti_estimate(model, z), images, end=end, steps=steps)
-            for images, z in zip(images_BCHW.split(CHUNK), z_BD.split(CHUNK), strict=True)
-        ]
-    )
+    return _walked(model, images_BCHW, z_BD, encode_walk(model.schedule, _last(model, end), steps))
 
 
 def decode(
     model: DiTi, xt_BCHW: Tensor, z_BD: Tensor, *, steps: int, start: int | None = None
 ) -> Tensor:
     """Images in [-1, 1] from what `infer_noise` gives at the same time-step."""
-    start = model.timesteps.trained_range[1] - 1 if start is None else start
+    return _walked(model, xt_BCHW, z_BD, decode_walk(model.schedule, _last(model, start), steps))
+
+
+def _last(model: DiTi, t: int | None) -> int:
+    return model.timesteps.trained_range[1] - 1 if t is None else t
+
+
+def _walked(model: DiTi, x_BCHW: Tensor, z_BD: Tensor, walk: Walk) -> Tensor:
     return torch.cat(
         [
-            ddim_sample(model.schedule, diti_estimate(model, z), xt, start=start, steps=steps)
-            for xt, z in zip(xt_BCHW.split(CHUNK), z_BD.split(CHUNK), strict=True)
+            ddim_walk(model.schedule, diti_estimate(model, z), x, walk)
+            for x, z in zip(x_BCHW.split(CHUNK), z_BD.split(CHUNK), strict=True)
         ]
     )
 

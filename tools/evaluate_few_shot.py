@@ -2,10 +2,13 @@
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from data_pipelines.object_store import ObjectStore
 from tools.few_shot import FewShotResult, Shortcut, few_shot, plan_tasks
-from tools.labelled_features import raw_pixels, read_halves, representations_of
+from tools.labelled_features import read_halves, representations_of
 from tools.labels import attributes_of
+from tools.representations import Representation
 
 SHOTS = (5, 10, 20, 50)
 DRAWS = 10
@@ -23,25 +26,47 @@ def evaluate_few_shot(
     pixels: bool = True,
     on_result: Callable[[FewShotResult], None] = lambda result: None,
 ) -> list[FewShotResult]:
-    """The whole feature, each subset alone, subsets together, and raw pixels, by number of shots.
-
-    Using some subsets only is the intervention: what the others say is taken out.
+    """`few_shots` of two feature sets, and raw pixels.
 
     Args:
         train_url, test_url: as of `evaluate_attributes`.
-        shortcut: misleads in the few examples, and not in the test.
         timesteps: also the subsets together whose time-steps intersect this half-open range.
         on_result: told each as it is there.
 
     Raises:
-        ValueError: as of `read_halves`, `plan_tasks` and `few_shot`; no subset in `timesteps`.
+        ValueError: as of `read_halves` and `few_shots`; no subset in `timesteps`.
     """
     train, test = read_halves(store, train_url, test_url, attributes_of)
-    attributes, most = train.labels.names, max(shots)
-    enough = plan_tasks(train.y, attributes, shots=most, draws=1, shortcut=shortcut)
-    representations = representations_of(train, test, timesteps)
-    if pixels:
-        representations.append(raw_pixels(train, test))
+    return few_shots(
+        representations_of(train, test, timesteps, pixels=pixels),
+        train.labels.names,
+        shots=shots,
+        draws=draws,
+        shortcut=shortcut,
+        on_result=on_result,
+    )
+
+
+def few_shots(
+    representations: Sequence[Representation[np.int8]],
+    attributes: Sequence[str],
+    *,
+    shots: Sequence[int] = SHOTS,
+    draws: int = DRAWS,
+    shortcut: Shortcut | None = None,
+    on_result: Callable[[FewShotResult], None] = lambda result: None,
+) -> list[FewShotResult]:
+    """Each representation by number of shots; a subset alone is the intervention: what the others
+    say is taken out.
+
+    Args:
+        shortcut: misleads in the few examples, and not in the test.
+
+    Raises:
+        ValueError: as of `plan_tasks` and `few_shot`.
+    """
+    most, labels = max(shots), representations[0].train_y
+    enough = plan_tasks(labels, attributes, shots=most, draws=1, shortcut=shortcut)
     results = []
     for each in shots:
         for representation in representations:

@@ -1,7 +1,7 @@
 """`diti eval regression`: numbers that samples are labelled with, by features and their subsets."""
 
 from data_pipelines.object_store import ObjectStore
-from tools.labelled_features import raw_pixels, read_halves, representations_of
+from tools.labelled_features import read_halves, representations_of
 from tools.labels import numbers_of
 from tools.number_probe import NumberResult, probe_numbers
 
@@ -18,7 +18,5 @@ def evaluate_numbers(
         ValueError: as of `read_halves` and `probe_numbers`.
     """
     train, test = read_halves(store, train_url, test_url, numbers_of)
-    representations = representations_of(train, test)
-    if pixels:
-        representations.append(raw_pixels(train, test))
+    representations = representations_of(train, test, pixels=pixels)
     return [probe_numbers(each, train.labels.names) for each in representations]

@@ -13,7 +13,7 @@ from tools import figures
 from tools.attribute_probe import ProbeResult, weight_shares
 from tools.class_probe import by_a_line, by_neighbours, probe_classes
 from tools.disentanglement import Disentanglement, disentanglement
-from tools.evaluate_few_shot import evaluate_few_shot
+from tools.evaluate_few_shot import few_shots
 from tools.few_shot import Shortcut, best_subset
 from tools.labelled_features import Half, read_halves, representations_of
 from tools.labels import attributes_of, classes_of, numbers_of
@@ -54,9 +54,9 @@ def feature_sections(
         **_probe_tables(probes),
         "weights": _weight_map(train),
         "places": _places(places),
-        "few_shot": _few_shot(store, train_url, test_url, shortcut, say) if shortcut else None,
-        "classes": _classes(store, train_url, test_url, say) if "classes" in fields else [],
-        "numbers": _numbers(store, train_url, test_url) if "numeric" in fields else [],
+        "few_shot": _few_shot(train, test, shortcut, say) if shortcut else None,
+        "classes": _classes(train, test, say) if "classes" in fields else [],
+        "numbers": _numbers(train, test) if "numeric" in fields else [],
     }
 
 
@@ -142,18 +142,12 @@ def _places(found: Disentanglement) -> dict[str, Any]:
 
 
 def _few_shot(
-    store: ObjectStore, train_url: str, test_url: str, shortcut: str, say: Callable[[str], None]
+    train: Half[np.int8], test: Half[np.int8], shortcut: str, say: Callable[[str], None]
 ) -> dict[str, Any]:
     say("learning from a few examples")
+    representations = representations_of(train, test)
     plain, misled = (
-        evaluate_few_shot(
-            store,
-            train_url=train_url,
-            test_url=test_url,
-            draws=FEW_SHOT_DRAWS,
-            shortcut=each,
-            pixels=False,
-        )
+        few_shots(representations, train.labels.names, draws=FEW_SHOT_DRAWS, shortcut=each)
         for each in (None, Shortcut(shortcut, 1.0))
     )
     whole, best = plain[0].name, best_subset(misled)
@@ -173,11 +167,11 @@ def _few_shot(
 
 
 def _classes(
-    store: ObjectStore, train_url: str, test_url: str, say: Callable[[str], None]
+    train_half: Half[np.int8], test_half: Half[np.int8], say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """A row for each kind of class that both halves have enough of; what has none is left out."""
     say("recognising classes")
-    train, test = read_halves(store, train_url, test_url, classes_of)
+    train, test = train_half.labelled(classes_of), test_half.labelled(classes_of)
     whole = representations_of(train, test)[0]
     rows = []
     for number, name in enumerate(train.labels.names):
@@ -199,9 +193,9 @@ def _classes(
     return rows
 
 
-def _numbers(store: ObjectStore, train_url: str, test_url: str) -> list[tuple[str, str, str]]:
+def _numbers(train_half: Half[np.int8], test_half: Half[np.int8]) -> list[tuple[str, str, str]]:
     """(name, Pearson r, unexplained share of the variance) of each, by the whole feature."""
-    train, test = read_halves(store, train_url, test_url, numbers_of)
+    train, test = train_half.labelled(numbers_of), test_half.labelled(numbers_of)
     found = probe_numbers(representations_of(train, test)[0], train.labels.names)
     return [
         (_spoken(name), f"{pearson:.3f}", f"{unexplained:.3f}")

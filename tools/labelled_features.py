@@ -3,9 +3,11 @@
 Letters: N samples, L labels.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +18,7 @@ from data_pipelines.sample_reader import Sample
 from tools.labels import Labels, Value, places_of, read_pixels, read_source
 from tools.representations import Representation, subsets_of
 
+Other = TypeVar("Other", bound=np.generic)
 LabelReader = Callable[[Sequence[Sample]], Labels[Value]]
 """`attributes_of`, `numbers_of` or `classes_of`."""
 
@@ -35,6 +38,10 @@ class Half(Generic[Value]):
         """(N, L) labels, in the order of the features."""
         return self.labels.of(places_of(self.manifest, self.features))
 
+    def labelled(self, labels_of: LabelReader[Other]) -> Half[Other]:
+        """The same with what its samples say otherwise."""
+        return Half(self.manifest, self.features, self.samples, labels_of(self.samples))
+
     def flat_pixels(self) -> NDArray[np.float32]:
         """(samples, H * W * 3) in [0, 1], in the order of `labels.values`."""
         pixels = read_pixels(self.samples, self.manifest.config["data"]["image_size_px"])
@@ -42,19 +49,24 @@ class Half(Generic[Value]):
 
 
 def representations_of(
-    train: Half[Value], test: Half[Value], timesteps: tuple[int, int] | None = None
+    train: Half[Value],
+    test: Half[Value],
+    timesteps: tuple[int, int] | None = None,
+    *,
+    pixels: bool = False,
 ) -> list[Representation[Value]]:
-    """The whole feature first, then each subset alone, then those of a range together.
+    """The whole feature first, then each subset alone, those of a range together, and raw pixels.
 
     Raises:
         ValueError: no subset has time-steps in that half-open range.
     """
     train_y, test_y = train.y, test.y
     train_x, test_x = train.features.values, test.features.values
-    return [
+    found = [
         Representation(name, train_x[:, dims], train_y, test_x[:, dims], test_y)
         for name, dims in subsets_of(train.features, timesteps)
     ]
+    return [*found, raw_pixels(train, test)] if pixels else found
 
 
 def raw_pixels(train: Half[Value], test: Half[Value]) -> Representation[Value]:
