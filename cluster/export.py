@@ -154,6 +154,7 @@ class _ExportWorker:
             )
         use_gpu = export.precision == "bf16"
         self._encoder = EncoderOnDevice(trained, use_gpu=use_gpu)
+        self._encoder.warm_up()  # a first call compiles, and leases run out meanwhile
         self._lanes = GPU_LANES if use_gpu else CPU_LANES
 
     def work(self, name: str, coordinator: NamedCoordinator) -> None:

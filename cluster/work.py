@@ -18,8 +18,9 @@ from cluster.leases import LEASE_SECONDS, QueueState
 from cluster.session import last_line
 from data_pipelines.object_store import ObjectStore, StoreError, StoreUnavailableError
 
-POLL_SECONDS = 0.5
-"""A question to the coordinator costs milliseconds on both sides, on the cores that work."""
+POLL_SECONDS = (0.25, 2.0)
+"""At the beginning and the end, and in between, while some items wait and others are at work. A
+question to the coordinator costs milliseconds on both sides, on the cores that work."""
 IDLE_SECONDS = (0.5, 8.0)
 """A worker that gets nothing asks again after the first of these, then ever later, up to the
 second: a thousand idle workers must not keep the coordinator from the others."""
@@ -103,7 +104,7 @@ def run_workers(
     Args:
         workers: handles of actors whose `work(name, coordinator)` calls `work_off`; the names are
             unlike those of any other driver.
-        on_progress: told the state of the queue twice a second.
+        on_progress: told the state of the queue every other second, more often at either end.
         folders: of the shard sets whose index the coordinator holds for the workers.
 
     Returns:
@@ -148,7 +149,8 @@ def _until_finished(
                 return state, results
         if not running:
             raise deaths[-1]
-        ended, _ = ray.wait(list(running), num_returns=len(running), timeout=POLL_SECONDS)
+        pause = POLL_SECONDS[bool(state.waiting and state.leased)]
+        ended, _ = ray.wait(list(running), num_returns=len(running), timeout=pause)
         for reference in ended:
             worker = running.pop(reference)
             deaths.append(_death_of(reference))

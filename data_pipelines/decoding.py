@@ -17,7 +17,7 @@ FORMATS = ("PNG", "WEBP", "GIF", "BMP")
 
 _METADATA_BYTES = 65_536
 """EXIF comes first in a JPEG, in a segment of at most this length."""
-_EXIF_MARKS = (b"Exif", b"eXIf", b"EXIF")
+_JPEG_EXIF, _EXIF = b"Exif", (b"eXIf", b"EXIF")
 _ORIENTATION = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -75,8 +75,7 @@ def decode_image_into(out: NDArray[np.uint8], data: bytes, place: float) -> None
     size_px = len(out)
     is_jpeg = data[:2] == b"\xff\xd8"
     pixels, scale = _decode_jpeg(data, size_px, out) if is_jpeg else (_decode_other(data), 1.0)
-    metadata = data[:_METADATA_BYTES] if is_jpeg else data
-    turned = any(mark in metadata for mark in _EXIF_MARKS)
+    turned = _JPEG_EXIF in data[:_METADATA_BYTES] if is_jpeg else any(m in data for m in _EXIF)
     if pixels is out and not turned:
         return
     square = _resized_square(pixels, size_px, scale, place)

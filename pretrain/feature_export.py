@@ -299,14 +299,11 @@ def export_shard(
         ValueError: a feature is no finite number.
     """
     where, origin = export.part_url(shard), export.origin(shard)
-    if store.exists(where):  # its worker died before the commit, or was slower than its lease
+    data = encode_shard(store, encoder, shard, export.layout, origin)
+    try:
+        store.write(where, data, only_if_absent=True)
+    except AlreadyExistsError:  # its worker died before the commit, or was slower than its lease
         data = store.read(where)
-    else:
-        data = encode_shard(store, encoder, shard, export.layout, origin)
-        try:
-            store.write(where, data, only_if_absent=True)
-        except AlreadyExistsError:
-            data = store.read(where)
     try:
         table = open_part(data, export.layout, origin, where)
         summary = summary_of(data, table, export.layout, where)

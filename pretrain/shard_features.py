@@ -61,6 +61,10 @@ class EncoderOnDevice:
         self.shard_turn = nullcontext() if use_gpu else threading.Lock()
         self._batch_turn = threading.Lock() if use_gpu else nullcontext()
 
+    def warm_up(self) -> None:
+        """Compute a batch of nothing: the first call of a process is a slow one."""
+        self(np.zeros((self.batch_size, self.image_size_px, self.image_size_px, 3), np.uint8))
+
     @torch.inference_mode()
     def __call__(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
         images = torch.from_numpy(images_BHWC).permute(0, 3, 1, 2)

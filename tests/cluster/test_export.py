@@ -33,7 +33,7 @@ from data_pipelines.feature_store import (
     publish_manifest,
     read_manifest,
 )
-from data_pipelines.object_store import ObjectMissingError, ObjectStore, join
+from data_pipelines.object_store import ObjectInfo, ObjectMissingError, ObjectStore, join
 from data_pipelines.shard_index import ShardIndex, read_index, write_index
 from data_pipelines.shard_writer import write_shard
 from pretrain.feature_export import Export, ExportFailedError, export_shard
@@ -334,10 +334,10 @@ def test_a_second_worker_commits_what_the_first_one_wrote(
     on_cpu = EncoderOnDevice(encoder, use_gpu=False)
 
     class Slower(ObjectStore):
-        def exists(self, url: str) -> bool:
-            there = super().exists(url)
-            export_shard(STORE, on_cpu, export, shard)  # meanwhile
-            return there
+        def write(self, url: str, data: bytes, *, only_if_absent: bool = False) -> ObjectInfo:
+            if url == export.part_url(shard):
+                export_shard(STORE, on_cpu, export, shard)  # meanwhile
+            return super().write(url, data, only_if_absent=only_if_absent)
 
     class Rounding(EncoderOnDevice):
         def __call__(self, images_BHWC: Any) -> Any:

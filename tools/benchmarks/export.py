@@ -41,7 +41,7 @@ from pretrain.trained import load_encoder
 from tools.benchmarks.publishing import make_config
 from tools.benchmarks.train_step import IMAGE_SIZE_PX
 
-ROWS_PER_SHARD = 500
+ROWS_PER_SHARD = 2_000
 FACES = 1_000
 SHARDS = "s3://diti/faces"
 FORWARD_SECONDS = 15.0
