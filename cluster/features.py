@@ -12,6 +12,7 @@ from data_pipelines.feature_check import (
     PartDiff,
     check_part,
     common_columns,
+    common_copied,
     diff_part,
     set_problems,
     total_problems,
@@ -24,7 +25,7 @@ from data_pipelines.feature_store import (
     parts_listed,
     parts_of,
 )
-from data_pipelines.object_store import ObjectStore, absolute, join
+from data_pipelines.object_store import ObjectMissingError, ObjectStore, absolute, join
 from data_pipelines.shard_index import INDEX_NAME, Shard, ShardIndex, read_index, write_index
 
 OnProgress = Callable[[QueueState], None]
@@ -62,7 +63,7 @@ def verify_features(
     problems = listing_problems(manifest, parts_listed(store, url))
     shards: dict[str, Shard] = {}
     if with_shards:
-        index = read_index(store, absolute(shards_url or manifest.source_url))
+        index = _index_of(store, absolute(shards_url or manifest.source_url), url)
         source = next(iter(manifest.parts)).split("/", 1)[0]
         shards = parts_of(index, source)
         problems += set_problems(store, manifest, index, shards)
@@ -72,6 +73,16 @@ def verify_features(
     )
     problems += [problem for name in listed for problem in checks[name].problems]
     return Verified(manifest, problems + total_problems(manifest, checks))
+
+
+def _index_of(store: ObjectStore, shards_url: str, url: str) -> ShardIndex:
+    try:
+        return read_index(store, shards_url)
+    except ObjectMissingError as error:
+        raise ObjectMissingError(
+            f"the shards that {url} is joined with are not there: {error}. Say where they are now "
+            f"(--shards), or do without them (--without-shards)"
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +95,8 @@ class FeaturesDiff:
     """Rows."""
     only_second: int
     columns: dict[str, ColumnDiff]
+    copied: dict[str, ColumnDiff]
+    """Only rows are counted in these."""
 
     @property
     def is_none(self) -> bool:
@@ -91,7 +104,7 @@ class FeaturesDiff:
             self.manifests
             or self.only_first
             or self.only_second
-            or any(column.equal != column.rows for column in self.columns.values())
+            or any(c.equal != c.rows for c in (*self.columns.values(), *self.copied.values()))
         )
 
 
@@ -120,11 +133,16 @@ def diff_features(
         column.name: sum((diffs[name].columns[column.name] for name in both), ColumnDiff())
         for column in common_columns(one, other)
     }
+    copied = {
+        field: sum((diffs[name].copied[field] for name in both), ColumnDiff())
+        for field in common_copied(one, other)
+    }
     return FeaturesDiff(
         manifests=_said_differently(one, other),
         only_first=sum(diff.only_first for diff in diffs.values()) + _rows_beside(one, other),
         only_second=sum(diff.only_second for diff in diffs.values()) + _rows_beside(other, one),
         columns=columns,
+        copied=copied,
     )
 
 
@@ -193,4 +211,5 @@ def _said_differently(one: FeatureManifest, other: FeatureManifest) -> list[str]
     ]
     said.append(("dtype", one.layout.dtype, other.layout.dtype))
     said.append(("columns", one.columns, other.columns))
+    said.append(("copied columns", one.layout.copied, other.layout.copied))
     return [what for what, a, b in said if a != b]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from data_pipelines.feature_layout import FeatureColumn
@@ -148,10 +149,11 @@ class PartDiff:
     """Rows."""
     only_second: int
     columns: dict[str, ColumnDiff]
+    copied: dict[str, ColumnDiff]
 
 
 def diff_part(first: FeatureSet, second: FeatureSet, name: str) -> PartDiff:
-    """Compare a part of two sets, in the columns that both name alike and cut alike."""
+    """Compare a part of two sets, in the columns that both name alike and cut or copy alike."""
     one, other = first.part(name), second.part(name)
     _, at, to = np.intersect1d(one.rows, other.rows, assume_unique=True, return_indices=True)
     columns = {}
@@ -161,12 +163,22 @@ def diff_part(first: FeatureSet, second: FeatureSet, name: str) -> PartDiff:
             for part, rows in ((one, at), (other, to))
         )
         columns[column.name] = _compare(a, b)
-    return PartDiff(len(one.rows) - len(at), len(other.rows) - len(at), columns)
+    copied = {
+        field: _compare_copied(one.copied[field].take(at), other.copied[field].take(to))
+        for field in common_copied(first.manifest, second.manifest)
+    }
+    return PartDiff(len(one.rows) - len(at), len(other.rows) - len(at), columns, copied)
 
 
 def common_columns(first: FeatureManifest, second: FeatureManifest) -> tuple[FeatureColumn, ...]:
     """Columns of the same name, time-steps and dimensions."""
     return tuple(column for column in first.columns if column in second.columns)
+
+
+def common_copied(first: FeatureManifest, second: FeatureManifest) -> tuple[str, ...]:
+    """Copied columns of the same name and kind."""
+    kinds = second.layout.copied
+    return tuple(name for name, kind in first.layout.copied.items() if kinds.get(name) == kind)
 
 
 def _within(columns: tuple[FeatureColumn, ...], column: FeatureColumn) -> slice:
@@ -183,6 +195,15 @@ def _compare(a: NDArray[np.float32], b: NDArray[np.float32]) -> ColumnDiff:
     # Two rows of zeros have no direction, but are the same.
     cosine = np.where(lengths > 0, products / np.maximum(lengths, 1e-30), equal)
     return ColumnDiff(len(a), int(equal.sum()), float(np.abs(a - b).max()), float(cosine.sum()))
+
+
+def _compare_copied(a: pa.ChunkedArray, b: pa.ChunkedArray) -> ColumnDiff:
+    """Counts only; a value that is null, or NaN, in both is the same."""
+    nothing = [column.is_null(nan_is_null=True).to_numpy() for column in (a, b)]
+    equal = pc.fill_null(pc.call_function("equal", [a, b]), False).to_numpy() | (
+        nothing[0] & nothing[1]
+    )
+    return ColumnDiff(len(a), int(equal.sum()))
 
 
 def _join_problems(

@@ -158,6 +158,8 @@ def print_features_diff(diff: FeaturesDiff) -> None:
             f"{column.largest:.3g}",
             f"{column.cosine / max(1, column.rows):.6f}",
         )
+    for name, column in diff.copied.items():
+        table.add_row(name, str(column.rows), str(column.equal), "", "")
     Console().print(table)
 
 

@@ -36,6 +36,7 @@ from data_pipelines.feature_store import (
 from data_pipelines.object_store import ObjectInfo, ObjectMissingError, ObjectStore, join
 from data_pipelines.shard_index import ShardIndex, read_index, write_index
 from data_pipelines.shard_writer import write_shard
+from pretrain.feature_dataset import FeatureDataset
 from pretrain.feature_export import Export, ExportFailedError, export_shard
 from pretrain.shard_features import CopyError, EncoderOnDevice, columns_of, copied_fields
 from pretrain.trained import TrainedEncoder, load_published_encoder
@@ -255,6 +256,42 @@ def test_rows_that_only_one_set_has_are_counted(out: str, finished: tuple[ShardI
     found = diff_features(STORE, finished[1], out, num_workers=1)
     assert (found.only_first, found.only_second) == (ROWS, 0)
     assert not found.is_none
+
+
+def test_copied_values_that_differ_are_counted(
+    encoder: TrainedEncoder, shards: ShardIndex, out: str, finished: tuple[ShardIndex, str]
+) -> None:
+    manifest, name = read_manifest(STORE, out), "shards/00001.parquet"
+    table = pq.read_table(Path(out) / name)
+    copied = {field: table[field].to_pylist() for field in COPIED}
+    copied["caption"][3] = "another"
+    told = by_hand(encoder, shards, out)
+    data = encode_part(
+        manifest.layout,
+        told.origin(shards.shards[1]),
+        keys=table["key"].to_pylist(),
+        rows=table["row"].to_pylist(),
+        features=np.concatenate(
+            [told.layout.values(table, c) for c in told.layout.columns], axis=1
+        ),
+        copied=copied,
+    )
+    (Path(out) / name).write_bytes(data)
+    info = PartInfo(ROWS, 0, len(data), hashlib.sha256(data).hexdigest())
+    publish_manifest(STORE, out, replace(manifest, parts=manifest.parts | {name: info}))
+    found = diff_features(STORE, finished[1], out, num_workers=1)
+    equal = {field: diff.equal for field, diff in found.copied.items()}
+    everything = ROWS * SHARDS
+    assert equal == {"caption": everything - 1, "width": everything, "nothing": everything}
+    assert all(diff.equal == diff.rows for diff in found.columns.values())
+    assert not found.is_none
+
+
+def test_a_torch_data_set_gives_what_was_copied(finished: tuple[ShardIndex, str]) -> None:
+    features = open_features(finished[1])
+    first = next(iter(FeatureDataset(features)))
+    assert first["copied"] == features.arrays().copied.to_pylist()[0]
+    assert first["copied"]["width"] == 32
 
 
 # ------------------------------------------------------------------- stopped, and gone on with
@@ -564,5 +601,5 @@ def test_features_are_read_and_verified_without_their_shards(shards: ShardIndex,
     shutil.rmtree(shards.url)
     assert len(open_features(out).arrays().keys) == ROWS * SHARDS
     assert problems(out, with_shards=False) == []
-    with pytest.raises(ObjectMissingError, match="no shard index"):
+    with pytest.raises(ObjectMissingError, match=r"no shard index.*--shards.*--without-shards"):
         problems(out, shards_url=shards.url)

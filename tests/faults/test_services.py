@@ -3,19 +3,24 @@
 import os
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from cluster.export import export_features
 from cluster.launch import RunFailedError, launch_training
+from cluster.leases import QueueState
 from cluster.session import ray_session
 from configs.schema import RunConfig
+from data_pipelines.feature_store import FeatureManifest
 from data_pipelines.local_s3 import LocalS3
 from data_pipelines.object_store import ObjectStore, join
 from pretrain import checkpoint
+from pretrain.feature_export import ExportFailedError
 from pretrain.preflight import run_url
 from tests.faults.harm import Once, kill_the_coordinator
+from tests.published_files import write_run
 from tests.tiny_run import make_run, make_shards
 from tools.benchmarks.export import exporters
 
@@ -79,7 +84,7 @@ def test_a_killed_exporter_is_replaced(victim: LocalS3, tmp_path: Path) -> None:
     store = ObjectStore()
     run = make_run(store, "s3://diti/x", "train.total_images=32", "cluster.num_workers=1")
     shards = "s3://diti/x/many"
-    make_shards(store, shards, split="test", shards=40, rows=16)
+    make_shards(store, shards, split="test", shards=40, rows=120)
     killed: list[int] = []
 
     def kill_one(state) -> None:
@@ -100,4 +105,39 @@ def test_a_killed_exporter_is_replaced(victim: LocalS3, tmp_path: Path) -> None:
             on_progress=kill_one,
         )
     assert killed
-    assert manifest.rows == 640
+    assert manifest.rows == 4800
+
+
+def test_an_export_whose_server_stays_away_says_so_and_goes_on_later(
+    victim: LocalS3, tmp_path: Path
+) -> None:
+    store = ObjectStore(deadline_seconds=4, request_timeout_seconds=2)
+    file, shards, out = write_run(tmp_path), "s3://diti/x/many", "s3://diti/x/features"
+    make_shards(store, shards, split="test", shards=40, rows=120)
+
+    def export(on_progress: Callable[[QueueState], None]) -> FeatureManifest:
+        return export_features(
+            store,
+            checkpoint_url=str(file),
+            shards_url=shards,
+            out_url=out,
+            num_workers=2,
+            on_progress=on_progress,
+        )
+
+    away: list[int] = []
+
+    def stop_once(state: QueueState) -> None:
+        if not away and state.done:
+            victim.stop()
+            away.append(state.done)
+
+    with ray_session(num_cpus=2):
+        with pytest.raises(ExportFailedError, match=r"did not serve.*run the same command again"):
+            export(stop_once)
+        victim.restart()
+        begun: list[int] = []
+        manifest = export(lambda state: begun.append(state.waiting))
+    assert away[0] < 40, "everything was done before the server went away"
+    assert begun[0] <= 40 - away[0], "what was finished is done again"
+    assert manifest.rows == 4800
