@@ -158,6 +158,7 @@ def test_interrupted_rendering_leaves_no_process_and_no_set(tmp_path, number) ->
     assert not (tmp_path / "out" / "index.parquet").exists()
 
 
+@pytest.mark.faults
 def test_workers_of_a_killed_rendering_end_with_it(tmp_path) -> None:
     command = ("data", "make", "avatars", "--count", "100000", "--rows-per-shard", "100")
     process = start(tmp_path, *command, "--out", "out", "--workers", "2")

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from typer.testing import Result
 
-from cluster.session import ray_session
 from configs.loading import dump_run
 from configs.schema import RunConfig
 from data_pipelines.local_s3 import LocalS3, local_s3
 from data_pipelines.object_store import ObjectStore, join
 from pretrain import checkpoint
 from pretrain.backbone import digest_of_state
+from pretrain.train import run as run_alone
 from tests.diti_command import diti
 from tests.published_files import write_denoiser, write_run
 from tests.tiny_run import make_run
@@ -193,10 +193,9 @@ def test_training_can_start_from_the_folder_of_another_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     one_step = ("train.total_images=8", "train.global_batch=8", "cluster.num_workers=1")
-    run = make_run(ObjectStore(), "a folder", *one_step)
-    with ray_session(num_cpus=1):
-        assert train(tmp_path, run, "name=source").exit_code == 0
-        result = train(tmp_path, run, "seed=1", "--checkpoint", "a folder/runs/source")
+    config = make_run(ObjectStore(), "a folder", *one_step)
+    run_alone(config.model_copy(update={"name": "source"}), local_dir=tmp_path / "local")
+    result = train(tmp_path, config, "seed=1", "--checkpoint", "a folder/runs/source")
     assert result.exit_code == 0, result.output
     assert "8 images, step-00000001 complete" in result.stdout
 
