@@ -103,7 +103,7 @@ def export_features(
     shards = len(index.shards)
     on_start(ExportStart(trained, index.num_samples, shards, found.done))
     if found.done < shards:
-        _work_off(store, load, export, index, num_workers, on_progress)
+        _work_off(store, load, export, index, min(num_workers, shards - found.done), on_progress)
     manifest = summarise(store, export, trained, index, error_budget)
     publish_manifest(store, out_url, manifest)
     return manifest

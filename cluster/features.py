@@ -1,6 +1,6 @@
 """Verifying, comparing and converting exported features on Ray: a worker reads a part once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,6 +24,7 @@ from data_pipelines.feature_store import (
     open_features,
     parts_listed,
     parts_of,
+    tar_of,
 )
 from data_pipelines.object_store import ObjectMissingError, ObjectStore, absolute, join
 from data_pipelines.shard_index import INDEX_NAME, Shard, ShardIndex, read_index, write_index
@@ -124,11 +125,12 @@ def diff_features(
     """
     first, second = (open_features(url, store=store) for url in (first_url, second_url))
     one, other = first.manifest, second.manifest
-    both = [name for name in one.parts if name in other.parts]
+    theirs = {tar_of(name): name for name in other.parts}  # the folders may be called differently
+    both = {name: theirs[tar_of(name)] for name in one.parts if tar_of(name) in theirs}
     diffs: dict[str, PartDiff] = {}
     if both:
-        task = partial(_diff, first, second)
-        diffs = on_each(store, first.url, both, num_workers, task, on_progress)
+        task = partial(_diff, first, second, both)
+        diffs = on_each(store, first.url, list(both), num_workers, task, on_progress)
     columns = {
         column.name: sum((diffs[name].columns[column.name] for name in both), ColumnDiff())
         for column in common_columns(one, other)
@@ -139,8 +141,9 @@ def diff_features(
     }
     return FeaturesDiff(
         manifests=_said_differently(one, other),
-        only_first=sum(diff.only_first for diff in diffs.values()) + _rows_beside(one, other),
-        only_second=sum(diff.only_second for diff in diffs.values()) + _rows_beside(other, one),
+        only_first=sum(diff.only_first for diff in diffs.values()) + _rows_beside(one, both),
+        only_second=sum(diff.only_second for diff in diffs.values())
+        + _rows_beside(other, both.values()),
         columns=columns,
         copied=copied,
     )
@@ -182,9 +185,14 @@ def _check(
 
 
 def _diff(
-    first: FeatureSet, second: FeatureSet, store: ObjectStore, url: str, name: str
+    first: FeatureSet,
+    second: FeatureSet,
+    both: Mapping[str, str],
+    store: ObjectStore,
+    url: str,
+    name: str,
 ) -> PartDiff:
-    return diff_part(first, second, name)
+    return diff_part(first.part(name), second.part(both[name]))
 
 
 def _convert(
@@ -196,8 +204,8 @@ def _convert(
     return write_feature_shard(store, features, name, out_url)
 
 
-def _rows_beside(one: FeatureManifest, other: FeatureManifest) -> int:
-    return sum(part.rows for name, part in one.parts.items() if name not in other.parts)
+def _rows_beside(manifest: FeatureManifest, both: Collection[str]) -> int:
+    return sum(part.rows for name, part in manifest.parts.items() if name not in both)
 
 
 def _said_differently(one: FeatureManifest, other: FeatureManifest) -> list[str]:

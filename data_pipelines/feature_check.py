@@ -20,7 +20,7 @@ from data_pipelines.feature_part import (
     open_part,
     summary_of,
 )
-from data_pipelines.feature_store import FeatureManifest, FeatureSet, tar_of
+from data_pipelines.feature_store import FeatureManifest, Features, tar_of
 from data_pipelines.object_store import ObjectMissingError, ObjectStore, join
 from data_pipelines.shard_index import Shard, ShardIndex, changed_shards, listing_of, read_members
 from data_pipelines.tar_members import ShardMismatchError
@@ -152,20 +152,24 @@ class PartDiff:
     copied: dict[str, ColumnDiff]
 
 
-def diff_part(first: FeatureSet, second: FeatureSet, name: str) -> PartDiff:
-    """Compare a part of two sets, in the columns that both name alike and cut or copy alike."""
-    one, other = first.part(name), second.part(name)
+def diff_part(one: Features, other: Features) -> PartDiff:
+    """Compare a shard's rows in two sets, in the columns that both name and cut or copy alike."""
     _, at, to = np.intersect1d(one.rows, other.rows, assume_unique=True, return_indices=True)
     columns = {}
-    for column in common_columns(first.manifest, second.manifest):
-        a, b = (
-            part.values[rows][:, _within(part.columns, column)]
-            for part, rows in ((one, at), (other, to))
-        )
-        columns[column.name] = _compare(a, b)
+    for column in one.columns:
+        if column in other.columns:
+            a, b = (
+                part.values[rows][:, _within(part.columns, column)]
+                for part, rows in ((one, at), (other, to))
+            )
+            columns[column.name] = _compare(a, b)
+    theirs = list(other.copied.schema)
     copied = {
-        field: _compare_copied(one.copied[field].take(at), other.copied[field].take(to))
-        for field in common_copied(first.manifest, second.manifest)
+        field.name: _compare_copied(
+            one.copied[field.name].take(at), other.copied[field.name].take(to)
+        )
+        for field in one.copied.schema
+        if field in theirs
     }
     return PartDiff(len(one.rows) - len(at), len(other.rows) - len(at), columns, copied)
 

@@ -79,7 +79,8 @@ class FeatureLayout:
         for name, kind in self.copied.items():
             if kind not in COPIED_TYPES:
                 raise ValueError(f"column {name} cannot be copied as {kind!r}")
-            if name in JOIN_COLUMNS.names or _COLUMN_NAME.fullmatch(name) or "." in name:
+            plain = name.lower()  # to SQL, names that differ in case only are one
+            if plain in JOIN_COLUMNS.names or _COLUMN_NAME.fullmatch(plain) or "." in name:
                 raise ValueError(
                     f"a copied column cannot be called {name}: features have such a one, or it "
                     f"has a dot, which stands for a column inside another"

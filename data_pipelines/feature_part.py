@@ -162,15 +162,7 @@ def open_part(data: bytes, layout: FeatureLayout, origin: PartOrigin, where: str
         FeatureMismatchError: it is another one, or a page's checksum fails.
     """
     parquet = _open_parquet(io.BytesIO(data), where)
-    notes = _notes_of(parquet, where)
-    for what, found, wanted in (
-        ("of the tar", notes.get("shard"), origin.shard),
-        ("by the encoder", notes.get("encoder_sha256"), origin.encoder_sha256),
-        ("of the tar with SHA-256", notes.get("shard_sha256"), origin.shard_sha256),
-        ("with the layout", notes.get("layout_sha256"), layout.digest),
-    ):
-        if wanted not in (found, None):
-            raise FeatureMismatchError(f"{where} was made {what} {found}, not {wanted}")
+    _refuse_another(parquet, layout, origin, where)
     if not parquet.schema_arrow.equals(layout.schema):
         raise FeatureMismatchError(f"{where} has other columns or types than this set's parts")
     table = _decode(parquet, None, where)
@@ -226,15 +218,16 @@ def read_part(
     where: str,
     part: PartInfo,
     layout: FeatureLayout,
+    origin: PartOrigin,
     columns: tuple[FeatureColumn, ...],
 ) -> pa.Table:
     """Join columns, copied columns and `columns` of one part; fetches only those.
 
     Args:
-        part, layout: what the manifest says that the file at `where` is.
+        part, layout, origin: what the manifest says that the file at `where` is.
 
     Raises:
-        FeatureMismatchError: it has other bytes, rows or columns, or a page's checksum fails.
+        FeatureMismatchError: it is another part, or a page's checksum fails.
         StoreError: also ObjectMissingError, for a part that is gone.
     """
     with store.open_for_reading(where) as file:
@@ -255,6 +248,7 @@ def read_part(
                 f"{where} has other columns or types than its manifest lists, which ends at "
                 f"{layout.columns[-1].name}; delete it and run that export again"
             )
+        _refuse_another(parquet, layout, origin, where)
         names = [*JOIN_COLUMNS.names, *layout.copied, *(column.name for column in columns)]
         fetched = _fetch(file, size_bytes, _spans(parquet.metadata, names))
     return _decode(_open_parquet(fetched, where, parquet.metadata), names, where)
@@ -278,6 +272,20 @@ def _refuse_unusable(
         f"{layout.dims[0] + dim} of its features ({len(refused)} such values in the shard); "
         f"{layout.dtype} needs finite numbers{limit}, so check the checkpoint"
     )
+
+
+def _refuse_another(
+    parquet: pq.ParquetFile, layout: FeatureLayout, origin: PartOrigin, where: str
+) -> None:
+    notes = _notes_of(parquet, where)
+    for what, found, wanted in (
+        ("of the tar", notes.get("shard"), origin.shard),
+        ("by the encoder", notes.get("encoder_sha256"), origin.encoder_sha256),
+        ("of the tar with SHA-256", notes.get("shard_sha256"), origin.shard_sha256),
+        ("with the layout", notes.get("layout_sha256"), layout.digest),
+    ):
+        if wanted not in (found, None):
+            raise FeatureMismatchError(f"{where} was made {what} {found}, not {wanted}")
 
 
 def _notes_of(parquet: pq.ParquetFile, where: str) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from data_pipelines.feature_layout import (
     layout_from_json,
     select_columns,
 )
-from data_pipelines.feature_part import FeatureMismatchError, PartInfo, read_part
+from data_pipelines.feature_part import FeatureMismatchError, PartInfo, PartOrigin, read_part
 from data_pipelines.object_store import (
     BucketMissingError,
     ObjectMissingError,
@@ -165,7 +165,9 @@ class FeatureSet:
     def _read(self, name: str) -> pa.Table:
         manifest = self.manifest
         where = join(self.url, name)
-        return read_part(self.store, where, manifest.parts[name], manifest.layout, self.columns)
+        origin = PartOrigin(manifest.encoder_sha256, tar_of(name), None)
+        part = manifest.parts[name]
+        return read_part(self.store, where, part, manifest.layout, origin, self.columns)
 
     def _fill(self, values: NDArray[np.float32], table: pa.Table) -> None:
         first = self.columns[0].dims[0]

@@ -334,9 +334,13 @@ def read_members(store: ObjectStore, shard: Shard) -> MemberTable:
 
     Raises:
         ShardMismatchError: it is another table than the one that was indexed.
+        ObjectMissingError: it is gone.
     """
     where = shard.members_url
-    data = store.read(where)
+    try:
+        data = store.read(where)
+    except ObjectMissingError as error:
+        raise ObjectMissingError(f"{error}; restore it, or index the shard set again") from error
     try:
         table = members_from_parquet(data)
     except ShardMismatchError as error:

@@ -164,7 +164,7 @@ def claim(
         scales = measured_scales(store, encoder, index, layout.columns)
     export = replace(unscaled, layout=replace(layout, dtype=dtype, scales=scales))
     try:
-        data = json.dumps(export.intent(), indent=1).encode()
+        data = json.dumps(sealed(export.intent()), indent=1).encode()
         store.write(join(export.out_url, INTENT_NAME), data, only_if_absent=True)
     except AlreadyExistsError:
         return _check_claim(store, unscaled, dtype) or export
@@ -179,7 +179,7 @@ def _check_claim(store: ObjectStore, unscaled: Export, dtype: Dtype) -> Export |
     """
     where = join(unscaled.out_url, INTENT_NAME)
     try:
-        found = dict(json.loads(store.read(where)).items())
+        found = unsealed(json.loads(store.read(where)))
         layout = layout_from_json(found)
     except BucketMissingError:
         raise
@@ -191,17 +191,24 @@ def _check_claim(store: ObjectStore, unscaled: Export, dtype: Dtype) -> Export |
             f"holds; delete that folder, or export into another one"
         ) from error
     intent = unscaled.intent() | {"dtype": dtype}
-    which = " and ".join(
-        what for key, what in _INTENT_SAYS.items() if found.get(key) != intent[key]
-    )
-    if which:
+    others = {key: what for key, what in _INTENT_SAYS.items() if found.get(key) != intent[key]}
+    if others:
+        was, now = (", ".join(_shown(key, said[key]) for key in others) for said in (found, intent))
         raise ValueError(
-            f"{unscaled.out_url} holds features of another {which} "
-            f"({found.get('checkpoint', 'unknown')}, {layout.dtype}; this is "
-            f"{unscaled.checkpoint}, {dtype}). Export into another folder, delete that one, or "
-            f"give the options that it was begun with"
+            f"{unscaled.out_url} holds features of another {' and '.join(others.values())} "
+            f"({was}; this is {now}). Export into another folder, delete that one, or give the "
+            f"options that it was begun with"
         )
     return replace(unscaled, layout=layout)
+
+
+def _shown(key: str, value: Any) -> str:
+    """One entry of an intent, in a few words."""
+    if key == "columns":
+        return f"{value[0]['timesteps'][0]}:{value[-1]['timesteps'][1]}"
+    if key == "copied":
+        return " ".join(f"{name}:{kind}" for name, kind in value.items()) or "none"
+    return str(value)[:12]
 
 
 def look_into(store: ObjectStore, export: Export, index: ShardIndex) -> Found:
@@ -217,12 +224,10 @@ def look_into(store: ObjectStore, export: Export, index: ShardIndex) -> Found:
             f"{export.out_url} has {len(foreign)} Parquet files that are no part of this export, "
             f"first {foreign[0]}; readers would take them for features: export into another folder"
         )
-    lost = []
-    for commit in commits:
-        stem = commit.url.removeprefix(export.commits_url + "/").removesuffix(".json")
-        if part_name(export.source, stem) not in parts:
-            lost.append(commit.url)
-    return Found(len(commits) - len(lost), lost)
+    there = {commit.url for commit in commits}
+    ours = {export.commit_url(shard): export.part_name(shard) for shard in index.shards}
+    lost = [url for url, name in ours.items() if url in there and name not in parts]
+    return Found(len(there & ours.keys()) - len(lost), lost)
 
 
 def summarise(
@@ -250,11 +255,12 @@ def summarise(
             squares += commit.sum_of_squares
     rows, skipped = index.num_samples - causes.total(), causes.total()
     if skipped > error_budget * index.num_samples or not rows:
+        allowed = f"{int(error_budget * index.num_samples)} are allowed" if rows else "none is left"
+        remedy = "Raise --error-budget to leave them out" if rows else "Mend the shard set"
         raise ExportFailedError(
             f"{skipped} of {index.num_samples} samples could not be used "
-            f"({ranked_causes(causes)}), {int(error_budget * index.num_samples)} are allowed; "
-            f"first {first}. {export.commits_url} names them all. Raise --error-budget to leave "
-            f"them out; finished parts are kept."
+            f"({ranked_causes(causes)}), {allowed}; first {first}. {export.commits_url} names them "
+            f"all. {remedy}; finished parts are kept."
         )
     mean, std = mean_and_std(total, squares, rows)
     return FeatureManifest(

@@ -127,19 +127,26 @@ def _check_place(store: ObjectStore, out_url: str, trained: TrainedEncoder, *, e
     """Raises ValueError where `out_url` holds another encoder, or a README that is no card."""
     where = join(out_url, RELEASE_NAME)
     try:
-        found = dict(json.loads(store.read(where)))
+        data = store.read(where)
     except BucketMissingError:
         raise
     except ObjectMissingError as error:
         _refuse_foreign_files(store, out_url, error)
         return
+    try:
+        found = dict(json.loads(data))
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"{where} is damaged ({error}), so nobody knows whose encoder {out_url} holds; "
             f"delete that folder, or publish into another one"
         ) from error
     if found.get("encoder_sha256") != trained.sha256:
-        this = {"name": trained.config["name"], "checkpoint": trained.checkpoint, "ema": ema}
+        this = {
+            "name": trained.config["name"],
+            "checkpoint": trained.checkpoint,
+            "ema": ema,
+            "encoder_sha256": trained.sha256,
+        }
         raise ValueError(
             f"{out_url} holds another encoder ({_called(found)}; this is {_called(this)}); publish "
             f"into another folder, or delete that one"
@@ -159,7 +166,8 @@ def _refuse_foreign_files(store: ObjectStore, out_url: str, cause: Exception) ->
 
 def _called(release: dict[str, Any]) -> str:
     averaged = "averaged" if release.get("ema") else "online"
-    return f"{release.get('name')}, {release.get('checkpoint')}, {averaged}"
+    sha256 = str(release.get("encoder_sha256"))[:12]
+    return f"{release.get('name')}, {release.get('checkpoint')}, {averaged}, {sha256}"
 
 
 def _measure(

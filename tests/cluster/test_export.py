@@ -21,12 +21,17 @@ import torch
 import webdataset as wds
 from PIL import Image
 
-from cluster.export import export_features
+from cluster.export import _ExportWorker, export_features
 from cluster.features import diff_features, features_to_shards, verify_features
 from cluster.session import ray_session
 from data_pipelines.decoding import decode_image
 from data_pipelines.feature_layout import CopiedKind, FeatureLayout
-from data_pipelines.feature_part import PartInfo, encode_part, open_part
+from data_pipelines.feature_part import (
+    FeatureMismatchError,
+    PartInfo,
+    encode_part,
+    open_part,
+)
 from data_pipelines.feature_store import (
     FeatureManifest,
     open_features,
@@ -37,7 +42,7 @@ from data_pipelines.object_store import ObjectInfo, ObjectMissingError, ObjectSt
 from data_pipelines.shard_index import ShardIndex, read_index, write_index
 from data_pipelines.shard_writer import write_shard
 from pretrain.feature_dataset import FeatureDataset
-from pretrain.feature_export import Export, ExportFailedError, export_shard
+from pretrain.feature_export import Export, ExportFailedError, claim, export_shard
 from pretrain.shard_features import CopyError, EncoderOnDevice, columns_of, copied_fields
 from pretrain.trained import TrainedEncoder, load_published_encoder
 from tests.published_files import write_run
@@ -265,6 +270,7 @@ def test_copied_values_that_differ_are_counted(
     table = pq.read_table(Path(out) / name)
     copied = {field: table[field].to_pylist() for field in COPIED}
     copied["caption"][3] = "another"
+    copied["nothing"][3] = float("nan")  # as little as null
     told = by_hand(encoder, shards, out)
     data = encode_part(
         manifest.layout,
@@ -292,6 +298,30 @@ def test_a_torch_data_set_gives_what_was_copied(finished: tuple[ShardIndex, str]
     first = next(iter(FeatureDataset(features)))
     assert first["copied"] == features.arrays().copied.to_pylist()[0]
     assert first["copied"]["width"] == 32
+
+
+def test_sets_of_one_shard_set_are_compared_wherever_it_lay(
+    checkpoint_file: Path, shards: ShardIndex, finished: tuple[ShardIndex, str], empty: str
+) -> None:
+    elsewhere = shutil.copytree(shards.url, Path(shards.url).parent / "elsewhere")
+    export(checkpoint_file, read_index(STORE, str(elsewhere)), empty, copied=COPIED)
+    assert diff_features(STORE, finished[1], empty, num_workers=1).is_none
+
+
+def test_a_part_of_another_encoder_is_not_read_for_one_of_this_set(
+    encoder: TrainedEncoder, shards: ShardIndex, out: str, empty: str
+) -> None:
+    """Of the same size, rows and columns: only its footer tells."""
+    shard, layout = shards.shards[1], read_manifest(STORE, out).layout
+    ours = replace(by_hand(encoder, shards, empty), layout=layout)
+    theirs = replace(ours, encoder_sha256="f" * 64)
+    export_shard(STORE, EncoderOnDevice(encoder, use_gpu=False), theirs, shard)
+    part = Path(out) / "shards/00001.parquet"
+    size_bytes = part.stat().st_size
+    shutil.copy(theirs.part_url(shard), part)
+    assert part.stat().st_size == size_bytes
+    with pytest.raises(FeatureMismatchError, match=r"00001\.parquet was made by the encoder fff"):
+        open_features(out).arrays()
 
 
 # ------------------------------------------------------------------- stopped, and gone on with
@@ -390,12 +420,84 @@ def test_a_second_worker_commits_what_the_first_one_wrote(
     assert data == STORE.read(alone.part_url(shard))
 
 
+def test_a_part_that_lacks_rows_is_not_committed(
+    encoder: TrainedEncoder, shards: ShardIndex, empty: str
+) -> None:
+    export, shard = by_hand(encoder, shards, empty), shards.shards[1]
+    data = encode_part(
+        export.layout,
+        export.origin(shard),
+        keys=["a"],
+        rows=[0],
+        features=np.zeros((1, export.layout.num_dims), np.float32),
+    )
+    STORE.write(export.part_url(shard), data)
+    with pytest.raises(FeatureMismatchError, match=r"has 1 rows and 0 skipped .* 20 samples; del"):
+        export_shard(STORE, EncoderOnDevice(encoder, use_gpu=False), export, shard)
+    assert not STORE.exists(export.commit_url(shard))
+
+
+def test_a_commit_belongs_to_one_layout(
+    encoder: TrainedEncoder, shards: ShardIndex, empty: str
+) -> None:
+    export, shard = by_hand(encoder, shards, empty), shards.shards[1]
+    export_shard(STORE, EncoderOnDevice(encoder, use_gpu=False), export, shard)
+    commit = STORE.read(export.commit_url(shard))
+    assert export.summary_in(shard, commit).info.rows == ROWS
+    other = replace(export, layout=replace(export.layout, dtype="float32"))
+    with pytest.raises(ValueError, match="another encoder, layout or tar"):
+        other.summary_in(shard, commit)
+
+
+def test_of_two_that_claim_a_folder_at_once_the_second_is_refused(
+    encoder: TrainedEncoder, shards: ShardIndex, empty: str
+) -> None:
+    ours = by_hand(encoder, shards, empty)
+    theirs = replace(ours, layout=replace(ours.layout, copied={"caption": "string"}))
+
+    class Slower(ObjectStore):
+        def write(self, url: str, data: bytes, *, only_if_absent: bool = False) -> ObjectInfo:
+            claim(STORE, theirs, "float16", encoder, shards)
+            return super().write(url, data, only_if_absent=only_if_absent)
+
+    with pytest.raises(ValueError, match=r"copied columns \(caption:string; this is none\)"):
+        claim(Slower(), ours, "float16", encoder, shards)
+
+
+def test_a_claim_that_was_changed_is_damaged(
+    checkpoint_file: Path, shards: ShardIndex, out: str
+) -> None:
+    intent = Path(out) / "export.json"
+    intent.write_text(intent.read_text().replace('"precision": "fp32"', '"precision": "fp33"'))
+    with pytest.raises(ValueError, match=r"export\.json is damaged .*it was changed"):
+        export(checkpoint_file, shards, out, copied=COPIED)
+
+
+def test_a_checkpoint_that_was_replaced_meanwhile_is_not_exported(
+    encoder: TrainedEncoder, shards: ShardIndex, empty: str
+) -> None:
+    theirs = replace(by_hand(encoder, shards, empty), encoder_sha256="f" * 64)
+    with pytest.raises(ValueError, match="was replaced during the export"):
+        _ExportWorker(STORE, lambda store: encoder, theirs)
+
+
+def test_files_of_others_beside_the_commits_stay(
+    checkpoint_file: Path, shards: ShardIndex, out: str
+) -> None:
+    notes = Path(out) / "_commits/shards/sub/notes.json"
+    notes.parent.mkdir()
+    notes.write_text("mine")
+    export(checkpoint_file, shards, out, copied=COPIED)
+    assert notes.read_text() == "mine"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"dtype": "int8"}, "another dtype"),
-        ({"timesteps": (0, 300)}, "another range of time-steps"),
+        ({"dtype": "int8"}, r"another dtype \(float16; this is int8\)"),
+        ({"timesteps": (0, 300)}, r"another range of time-steps \(0:1000; this is 0:"),
         ({"copied": {"caption": "string"}}, "another choice of copied columns"),
+        ({"copied": {"Z000": "string"}}, "cannot be called Z000"),
         ({"ema": False}, "another encoder"),
         ({"timesteps": (0, 2000)}, r"cover \[0, 1000\)"),
     ],
@@ -544,6 +646,11 @@ def test_verify_finds_what_the_manifest_only_says(
     publish_manifest(STORE, out, replace(manifest, mean=[manifest.mean[0] + 1, *manifest.mean[1:]]))
     told = problems(out, shards_url=shards.url)
     assert told == ["the manifest's mean is not that of the parts, first in dimension 0"]
+
+    publish_manifest(STORE, out, replace(manifest, std=[manifest.std[0] + 1, *manifest.std[1:]]))
+    told = problems(out, shards_url=shards.url)
+    wrong = "standard deviation is not that of the parts, first in dimension 0"
+    assert told == [f"the manifest's {wrong}"]
 
     part = Path(out) / "shards/00001.parquet"
     shard, layout = shards.shards[1], manifest.layout

@@ -32,6 +32,7 @@ from data_pipelines.feature_store import (
     part_name,
     publish_manifest,
     read_manifest,
+    tar_of,
 )
 from data_pipelines.local_s3 import LocalS3
 from data_pipelines.object_store import (
@@ -141,7 +142,7 @@ def test_many_parts_of_any_size_keep_their_order(url: str):
         name = part_name("set", f"{99 - number}")
         parts[name] = encode_part(
             layout,
-            origin_of(name),
+            origin_of(tar_of(name)),
             keys=[str(r) for r in rows],
             rows=rows.tolist(),
             features=values[rows],

@@ -397,7 +397,8 @@ def test_a_run_is_published_by_its_folder(tmp_path: Path) -> None:
     assert digest_of_state(state) != digest_of_state(averaged)
     refused(
         diti("publish", run_url, "--no-ema", "--out", str(out)),
-        "another encoder (tiny, step-00000010, averaged; this is tiny, step-00000010, online)",
+        "another encoder (tiny, step-00000010, averaged, ",
+        "; this is tiny, step-00000010, online, ",
     )
     refused(diti("publish", run_url, "--step", "9", "--out", str(out)), "no complete checkpoint")
 

@@ -44,7 +44,7 @@ from tools.benchmarks.train_step import IMAGE_SIZE_PX
 ROWS_PER_SHARD = 2_000
 FACES = 1_000
 SHARDS = "s3://diti/faces"
-FORWARD_SECONDS = 15.0
+FORWARD_SECONDS = 30.0
 LOOK_SECONDS = 2.0
 
 
