@@ -92,8 +92,9 @@ def _start(num_cpus: int) -> None:
         except Exception as error:
             ray.shutdown()
             raise ClusterError(
-                f"Ray did not start: {last_line(error)}. Is this machine overloaded, or the "
-                f"cluster at RAY_ADDRESS not reachable? Run the same command again."
+                f"Ray did not start: {last_line(error)}. Is this machine overloaded, or does the "
+                f"cluster at RAY_ADDRESS want a token (RAY_AUTH_MODE, RAY_AUTH_TOKEN) that it was "
+                f"not given? If neither, run the same command again."
             ) from error
 
 

@@ -78,12 +78,14 @@ class FeatureLayout:
                 raise ValueError("scales must be positive and finite, also in float32")
         for name, kind in self.copied.items():
             if kind not in COPIED_TYPES:
-                raise ValueError(f"column {name} cannot be copied as {kind!r}")
+                raise ValueError(
+                    f"column {name} cannot be copied as {kind!r}, only as {', '.join(COPIED_TYPES)}"
+                )
             plain = name.lower()  # to SQL, names that differ in case only are one
             if plain in JOIN_COLUMNS.names or _COLUMN_NAME.fullmatch(plain) or "." in name:
                 raise ValueError(
                     f"a copied column cannot be called {name}: features have such a one, or it "
-                    f"has a dot, which stands for a column inside another"
+                    f"has a dot; only fields at the top of the json can be copied"
                 )
 
     @property

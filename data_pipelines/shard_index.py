@@ -380,8 +380,8 @@ def shards_changed(index: ShardIndex, changed: Mapping[Shard, str]) -> ShardMism
     share = math.ceil(1000 * lost / index.num_samples) / 1000  # rounded down, it would not do
     return ShardMismatchError(
         f"shards at {index.url} do not match their index: {first_ten(problems)}. "
-        f"Restore them; or index the set again with `diti data index`, for new runs; or have a run "
-        f"replace their samples (data.error_budget of at least {share:g})."
+        f"Restore them; or index the set again with `diti data index`, for new runs and exports; "
+        f"or have a training run replace their samples (data.error_budget of at least {share:g})."
     )
 
 

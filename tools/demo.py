@@ -67,7 +67,10 @@ def run_beside_s3(folder: Path, command: list[str]) -> int:
         ValueError: there is no demo in the folder, or no such command.
     """
     if not (folder / "s3").is_dir():
-        raise ValueError(f"{folder} holds no demo; make one: diti demo --folder {folder}")
+        raise ValueError(
+            f"{folder} holds no demo; make one: diti demo --folder {folder}; or begin with an "
+            f"empty store: mkdir -p {folder / 's3'}"
+        )
     with local_s3(folder / "s3") as server:
         try:
             done = subprocess.run(command, env=os.environ | server.environment(), check=False)  # noqa: S603

@@ -113,23 +113,24 @@ def export_bar(
     """A bar over an export with its rate; takes what it begins with, and the state of its queue."""
     with progress_bar(label, 1.0) as update:
         images_per_shard, before = 0.0, 0
-        begun_at: float | None = None  # with the first lease: what came before is starting up
+        begun_at: float | None = None  # with the first lease seen: before it workers start
 
         def start(found: ExportStart) -> None:
-            nonlocal images_per_shard, before
+            nonlocal images_per_shard
             images_per_shard = found.images / found.shards
-            before = found.done
             said = f"encoder of {found.encoder.checkpoint}; {counted(found.images, 'image')} in "
             said += f"{counted(found.shards, 'shard')}"
             if found.done:
                 left = found.shards - found.done
                 said += f", {found.done} of them exported before, {left or 'none'} left"
+            if found.done < found.shards:
+                said += "; starting workers"
             console.print(said, highlight=False, soft_wrap=True)
 
         def show(state: QueueState) -> None:
-            nonlocal begun_at
+            nonlocal begun_at, before
             if begun_at is None and state.leased:
-                begun_at = time.monotonic()
+                begun_at, before = time.monotonic(), state.done
             said = f"{counted(state.done, 'shard')} done"
             if begun_at is not None and state.done > before:
                 rate = (state.done - before) * images_per_shard / (time.monotonic() - begun_at)

@@ -177,7 +177,7 @@ def test_some_time_steps_in_int8_with_scales_that_outlive_a_restart(
     assert export(checkpoint_file, shards, empty, dtype="int8", timesteps=(0, 300)) == made
     assert files_of(empty) == files
     found = diff_features(STORE, out, empty, num_workers=1)
-    assert found.manifests == ["dtype", "columns"]
+    assert found.manifests == ["dtype", "columns", "copied columns"]
     assert found.columns.keys() == {column.name for column in made.columns}
     assert not found.is_none
 

@@ -142,8 +142,8 @@ def test_every_missing_and_every_cut_shard_is_named(index: ShardIndex):
     assert str(caught.value) == (
         f"shards at {index.url} do not match their index: 0.tar is missing; "
         f"2.tar has 5120 bytes instead of 10240. Restore them; or index the set again with "
-        "`diti data index`, for new runs; or have a run replace their samples (data.error_budget "
-        "of at least 0.667)."
+        "`diti data index`, for new runs and exports; or have a training run replace their samples "
+        "(data.error_budget of at least 0.667)."
     )
 
 
