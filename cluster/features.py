@@ -192,7 +192,9 @@ def _diff(
     url: str,
     name: str,
 ) -> PartDiff:
-    return diff_part(first.part(name), second.part(both[name]))
+    manifests = first.manifest, second.manifest
+    columns, copied = common_columns(*manifests), common_copied(*manifests)
+    return diff_part(first.part(name), second.part(both[name]), columns, copied)
 
 
 def _convert(

@@ -18,9 +18,10 @@ from cluster.leases import LEASE_SECONDS, QueueState
 from cluster.session import last_line
 from data_pipelines.object_store import ObjectStore, StoreError, StoreUnavailableError
 
-POLL_SECONDS = (0.25, 2.0)
-"""At the beginning and the end, and in between, while some items wait and others are at work. A
-question to the coordinator costs milliseconds on both sides, on the cores that work."""
+POLL_SECONDS = 2.0
+"""A question to the coordinator costs milliseconds on both sides, on the cores that work."""
+SHORT_POLL_SECONDS = 0.25
+"""At the beginning and the end, when no item is at work or none waits."""
 IDLE_SECONDS = (0.5, 8.0)
 """A worker that gets nothing asks again after the first of these, then ever later, up to the
 second: a thousand idle workers must not keep the coordinator from the others."""
@@ -149,7 +150,7 @@ def _until_finished(
                 return state, results
         if not running:
             raise deaths[-1]
-        pause = POLL_SECONDS[bool(state.waiting and state.leased)]
+        pause = POLL_SECONDS if state.waiting and state.leased else SHORT_POLL_SECONDS
         ended, _ = ray.wait(list(running), num_returns=len(running), timeout=pause)
         for reference in ended:
             worker = running.pop(reference)

@@ -3,7 +3,7 @@
 Letters: N samples, D dimensions stored.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -152,26 +152,23 @@ class PartDiff:
     copied: dict[str, ColumnDiff]
 
 
-def diff_part(one: Features, other: Features) -> PartDiff:
-    """Compare a shard's rows in two sets, in the columns that both name and cut or copy alike."""
+def diff_part(
+    one: Features, other: Features, columns: Iterable[FeatureColumn], copied: Iterable[str]
+) -> PartDiff:
+    """Compare a shard's rows in two sets, in columns and copied columns that both have."""
     _, at, to = np.intersect1d(one.rows, other.rows, assume_unique=True, return_indices=True)
-    columns = {}
-    for column in one.columns:
-        if column in other.columns:
-            a, b = (
-                part.values[rows][:, _within(part.columns, column)]
-                for part, rows in ((one, at), (other, to))
-            )
-            columns[column.name] = _compare(a, b)
-    theirs = list(other.copied.schema)
-    copied = {
-        field.name: _compare_copied(
-            one.copied[field.name].take(at), other.copied[field.name].take(to)
+    found = {}
+    for column in columns:
+        a, b = (
+            part.values[rows][:, _within(part.columns, column)]
+            for part, rows in ((one, at), (other, to))
         )
-        for field in one.copied.schema
-        if field in theirs
+        found[column.name] = _compare(a, b)
+    found_copied = {
+        name: _compare_copied(one.copied[name].take(at), other.copied[name].take(to))
+        for name in copied
     }
-    return PartDiff(len(one.rows) - len(at), len(other.rows) - len(at), columns, copied)
+    return PartDiff(len(one.rows) - len(at), len(other.rows) - len(at), found, found_copied)
 
 
 def common_columns(first: FeatureManifest, second: FeatureManifest) -> tuple[FeatureColumn, ...]:
