@@ -29,7 +29,6 @@ from data_pipelines.bad_samples import TooManyBadSamplesError
 from data_pipelines.object_store import StoreError, absolute
 from data_pipelines.sample_order import legal_world_sizes
 from pretrain import checkpoint
-from pretrain.backbone import BUILTIN_PREFIX
 from pretrain.fence import SupersededError, claim
 from pretrain.heartbeat import stalled
 from pretrain.preflight import Preflight, open_store, preflight, run_url
@@ -173,10 +172,8 @@ def _stops_when_terminated(coordinator: Any, seconds: float) -> Iterator[None]:
 def with_absolute_paths(config: RunConfig) -> RunConfig:
     """Ray Train's workers run in folders of their own, where relative paths would lead astray."""
     task = config.task
-    if isinstance(task, DitiTask) and not task.backbone.weights.startswith(BUILTIN_PREFIX):
-        weights = absolute(task.backbone.weights)
-        backbone = task.backbone.model_copy(update={"weights": weights})
-        task = task.model_copy(update={"backbone": backbone})
+    if isinstance(task, DitiTask):
+        task = task.model_copy(update={"backbone": task.backbone.moved(absolute)})
     if isinstance(task, DitiTask) and task.start_from is not None:
         task = task.model_copy(update={"start_from": absolute(task.start_from)})
     data = config.data.moved(absolute)

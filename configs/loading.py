@@ -219,7 +219,7 @@ def _describe(details: ErrorDetails) -> str:
 
 def _without_tags(location: tuple[int | str, ...]) -> list[int | str]:
     """`location` without the branch's name that pydantic puts behind each union."""
-    unions = ("task", "partition", "encoder")
+    unions = ("task", "partition", "encoder", "backbone")
     return [part for before, part in pairwise(("", *location)) if before not in unions]
 
 
@@ -235,7 +235,8 @@ def _required_below(location: tuple[int | str, ...]) -> list[str]:
     if isinstance(location[-1], int):  # of a list that is too short
         return [dotted]
     [parent] = _sections_at(RunConfig, location[:-1])
-    match _sections_in(parent.model_fields[str(location[-1])].annotation):
+    sections = _sections_in(parent.model_fields[str(location[-1])].annotation)
+    match [section for section in sections if not _must_be_told(section)]:
         case [section]:
             needed = [name for name, field in section.model_fields.items() if field.is_required()]
             return [f"{dotted}.{name}" for name in needed] or [dotted]
@@ -266,6 +267,12 @@ def _sections_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [section for part in get_args(annotation) for section in _sections_in(part)]
+
+
+def _must_be_told(section: type[BaseModel]) -> bool:
+    """Whether only its `kind` tells it from others."""
+    kind = section.model_fields.get("kind")
+    return kind is not None and kind.is_required()
 
 
 def _tag(section: type[BaseModel]) -> str | None:

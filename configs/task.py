@@ -1,6 +1,7 @@
 """What a run teaches: networks, noise schedule, partition by time-step, objective."""
 
 import math
+from collections.abc import Callable
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, Tag, model_validator
@@ -17,6 +18,9 @@ from configs.values import (
     check_rising,
     kind_or,
 )
+
+BUILTIN_PREFIX = "builtin/"
+"""Of the weights that are packaged."""
 
 
 class UNetConfig(Section):
@@ -105,10 +109,50 @@ class ScheduleConfig(Section):
 class BackboneConfig(Section):
     """The frozen, pre-trained denoiser: somebody else's weights, pinned by hash."""
 
+    kind: Literal["unet"] = "unet"
     weights: Url
     """safetensors file with its JSON card beside it, or `builtin/NAME` for a packaged one."""
     sha256: Sha256
     """SHA-256 of the safetensors file; a file with another hash is refused."""
+
+    @property
+    def place(self) -> str:
+        return self.weights
+
+    def moved(self, move: Callable[[str], str]) -> Self:
+        """The same with another place, which `move` finds."""
+        if self.weights.startswith(BUILTIN_PREFIX):
+            return self
+        return self.model_copy(update={"weights": move(self.weights)})
+
+
+class DiffusersConfig(Section):
+    """A frozen denoiser as diffusers saves it: a pipeline's folder, pinned by hash.
+
+    A U-Net (pixels, or Stable Diffusion 1, 2 and XL), a DiT, or Stable Diffusion 3's transformer.
+    """
+
+    kind: Literal["diffusers"]
+    folder: Url
+    """With model_index.json, as `save_pretrained` writes it."""
+    sha256: Sha256
+    """Over the names and bytes of its files, as `diti backbone inspect` prints it."""
+    tail_blocks: PositiveInt = 4
+    """Blocks at a transformer's end that are copied and trained; a U-Net's tail is its up path."""
+
+    @property
+    def place(self) -> str:
+        return self.folder
+
+    def moved(self, move: Callable[[str], str]) -> Self:
+        """The same with another place, which `move` finds."""
+        return self.model_copy(update={"folder": move(self.folder)})
+
+
+AnyBackboneConfig = Annotated[
+    Annotated[BackboneConfig, Tag("unet")] | Annotated[DiffusersConfig, Tag("diffusers")],
+    kind_or("unet"),
+]
 
 
 class EncoderConfig(Section):
@@ -172,7 +216,8 @@ AnyEncoderConfig = Annotated[
 class StagedPartition(Section):
     """How z is cut by time-step (METHOD section 2), stage by stage.
 
-    Each stage is cut evenly in time-steps and in dimensions. One stage with one subset is PDAE.
+    Time-steps are the DDPM's; on another schedule a stage lies where log-SNR is the same. Each
+    stage is cut evenly in time-steps and in dimensions. One stage with one subset is PDAE.
     """
 
     kind: Literal["stages"] = "stages"
@@ -259,7 +304,8 @@ PartitionConfig = Annotated[
 class TimestepsConfig(Section):
     """Which time-steps are trained on: pieces between edges, each drawn from evenly.
 
-    The default is the paper's: uniform over all of them.
+    The default is the paper's: uniform over all of them. Time-steps are those of the DDPM's
+    schedule, as a partition's are.
     """
 
     unit: Literal["timestep", "log_snr"] = "timestep"
@@ -291,7 +337,7 @@ class DitiTask(Section):
     """Train the encoder and the shift decoder against a frozen backbone (METHOD section 3)."""
 
     kind: Literal["diti"]
-    backbone: BackboneConfig
+    backbone: AnyBackboneConfig
     encoder: AnyEncoderConfig = EncoderConfig()
     partition: PartitionConfig = StagedPartition()
     mode: Literal["base", "stop_grad", "dual"] = "base"

@@ -20,12 +20,12 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from configs.loading import digest_of_json
-from configs.task import BackboneConfig, ScheduleConfig, UNetConfig
+from configs.task import BUILTIN_PREFIX, BackboneConfig, ScheduleConfig, UNetConfig
 from data_pipelines.object_store import ObjectMissingError, ObjectStore
-from pretrain.noise_schedule import Prediction
+from pretrain.noise_schedule import NoiseSchedule, Prediction, make_schedule
+from pretrain.shift_decoder import ShiftDecoder
 from pretrain.unet import UNet
 
-BUILTIN_PREFIX = "builtin/"
 _PREDICTION: TypeAdapter[Prediction] = TypeAdapter(Prediction)
 
 
@@ -43,6 +43,16 @@ class Backbone:
     sha256: str
     prediction: Prediction = "epsilon"
     """What the U-Net's output stands for."""
+    latents: None = None
+    """It works on pixels."""
+
+    @property
+    def noise_schedule(self) -> NoiseSchedule:
+        return make_schedule(self.schedule)
+
+    def make_decoder(self, latent_dim: int) -> ShiftDecoder:
+        """The trainable decoder beside it."""
+        return ShiftDecoder(self.unet, latent_dim=latent_dim)
 
     @property
     def card_sha256(self) -> str:

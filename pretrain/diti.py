@@ -6,13 +6,14 @@ Letters: B batch, C channels, H height, W width, D = latent_dim, K subsets, T ti
 import torch
 from torch import Tensor, nn
 
-from configs.task import DitiTask
-from pretrain.backbone import Backbone
+from configs.task import DitiTask, ScheduleConfig
+from pretrain.copied_tail import TailPass
 from pretrain.encoder import make_encoder
-from pretrain.noise_schedule import Prediction, make_schedule
+from pretrain.frozen import Frozen
+from pretrain.noise_schedule import Prediction, make_schedule, steps_of_same_noise
 from pretrain.objective import conditions, diti_loss, shifted_estimate
 from pretrain.partition import make_partition
-from pretrain.shift_decoder import FrozenPass, ShiftDecoder
+from pretrain.shift_decoder import FrozenPass
 from pretrain.step_clock import Clock, untimed
 from pretrain.timesteps import timestep_distribution
 
@@ -27,22 +28,41 @@ class DiTi(nn.Module):
         ValueError: the partition and the backbone's schedule, or the image sizes, do not agree.
     """
 
-    def __init__(self, task: DitiTask, backbone: Backbone, *, image_size_px: int) -> None:
+    def __init__(self, task: DitiTask, backbone: Frozen, *, image_size_px: int) -> None:
         super().__init__()
         self.task = task
         self.image_size_px = image_size_px
         self.partition = make_partition(task.partition, task.encoder.latent_dim)
-        self.schedule = make_schedule(backbone.schedule)
+        self.schedule = backbone.noise_schedule
         self.prediction: Prediction = backbone.prediction
         self._check(backbone, image_size_px)
         self.timesteps = timestep_distribution(task.timesteps, self.schedule)
+        self.masks = self.partition.masks(self._ddpm_steps())
         self._check_every_subset_is_taught()
+        self.latents = backbone.latents
         self.encoder = make_encoder(task.encoder, image_size_px=image_size_px)
-        self.decoder = ShiftDecoder(backbone.unet, latent_dim=task.encoder.latent_dim)
-        self.masks = self.partition.masks()
+        self.decoder = backbone.make_decoder(task.encoder.latent_dim)
         self.clock: Clock = untimed
 
-    def _check(self, backbone: Backbone, image_size_px: int) -> None:
+    @property
+    def frozen(self) -> list[nn.Module]:
+        """All that is not trained: the backbone, and what makes its latents."""
+        return [self.decoder.trunk, *([self.latents.vae] if self.latents else [])]
+
+    @property
+    def noise_shape(self) -> tuple[int, int, int]:
+        """Of what noise is added to."""
+        if self.latents is None:
+            return 3, self.image_size_px, self.image_size_px
+        side = self.image_size_px // self.latents.factor
+        return self.latents.channels, side, side
+
+    def _ddpm_steps(self) -> Tensor:
+        """Partitions are written in steps of the DDPM's schedule, and lie where the noise does."""
+        ddpm = make_schedule(ScheduleConfig(num_timesteps=self.schedule.num_timesteps))
+        return steps_of_same_noise(self.schedule, ddpm)
+
+    def _check(self, backbone: Frozen, image_size_px: int) -> None:
         if self.partition.num_timesteps != self.schedule.num_timesteps:
             raise ValueError(
                 f"task.partition must end at the backbone's "
@@ -56,10 +76,12 @@ class DiTi(nn.Module):
 
     def _check_every_subset_is_taught(self) -> None:
         """Time-steps teach the subsets up to their own, in `stop_grad` their own only."""
-        for subset in self.partition.subsets:
+        subset_of_T = self.masks.subset_T.numpy()
+        for number, subset in enumerate(self.partition.subsets):
             start, own_end = subset.timesteps
-            end = own_end if self.task.mode == "stop_grad" else None
-            if not self.timesteps.probability_T[start:end].any():
+            only_own = self.task.mode == "stop_grad"
+            teaches_T = subset_of_T == number if only_own else subset_of_T >= number
+            if not self.timesteps.probability_T[teaches_T].any():
                 raise ValueError(
                     f"task.timesteps never teach subset {subset.name} (time-steps {start} to "
                     f"{own_end}): its {subset.dims[1] - subset.dims[0]} dimensions would stay "
@@ -69,6 +91,10 @@ class DiTi(nn.Module):
     def tables_to(self, device: torch.device) -> None:
         """Move schedule and masks. They are no buffers, so that no engine casts them to bf16."""
         self.schedule, self.masks = self.schedule.to(device), self.masks.to(device)
+
+    def to_latents(self, images_BCHW: Tensor) -> Tensor:
+        """What noise is added to: the images themselves, or their latents."""
+        return images_BCHW if self.latents is None else self.latents.encode(images_BCHW)
 
     def estimates(self, xt_BCHW: Tensor, t_B: Tensor, *z_BD: Tensor) -> tuple[Tensor, ...]:
         """Noise estimates of the backbone alone, then of DiTi given each z, from x_t; all BCHW.
@@ -89,8 +115,13 @@ class DiTi(nn.Module):
         return self._epsilon(frozen, xt_BCHW, t_B), self.decoder(frozen, condition_BD)
 
     def forward(self, x0_BCHW: Tensor, t_B: Tensor, noise_BCHW: Tensor) -> Tensor:
-        """Loss of each sample in the task's mode; float32 (B,)."""
-        xt = self.schedule.add_noise(x0_BCHW, t_B, noise_BCHW)
+        """Loss of each sample in the task's mode; float32 (B,).
+
+        Args:
+            x0_BCHW: images in [-1, 1].
+            noise_BCHW: of `noise_shape`.
+        """
+        xt = self.schedule.add_noise(self.to_latents(x0_BCHW), t_B, noise_BCHW)
         with self.clock("backbone forward"):
             frozen = self.decoder.look(xt, t_B)
             epsilon = self._epsilon(frozen, xt, t_B)
@@ -110,5 +141,5 @@ class DiTi(nn.Module):
         ]
         return torch.stack(losses).sum(dim=0)
 
-    def _epsilon(self, frozen: FrozenPass, xt_BCHW: Tensor, t_B: Tensor) -> Tensor:
+    def _epsilon(self, frozen: FrozenPass | TailPass, xt_BCHW: Tensor, t_B: Tensor) -> Tensor:
         return self.schedule.epsilon_of(frozen.output_BCHW, self.prediction, xt_BCHW, t_B)

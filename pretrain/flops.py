@@ -22,7 +22,7 @@ class ModelFlops:
     """Of one image in one step."""
 
     frozen: int
-    """The backbone's forward pass."""
+    """The backbone's forward pass, and the one that makes its latents."""
     trained: int
     """Forward and backward of everything else."""
 
@@ -42,7 +42,8 @@ def count_flops(model: nn.Module, image_size_px: int, device: torch.device) -> M
     frozen = 0
     if isinstance(model, DiTi):
         with FlopCounterMode(display=False) as looking:
-            model.decoder.look(*inputs[:2])
+            images, t, _ = inputs
+            model.decoder.look(model.to_latents(images), t)
         frozen = looking.get_total_flops()
     model.train(was_training)
     return ModelFlops(frozen, everything.get_total_flops() - frozen)

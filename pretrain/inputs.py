@@ -33,7 +33,7 @@ def to_tensors(
         batch.positions,
         seed=config.seed,
         global_batch=config.train.global_batch,
-        image_shape=(3, config.data.image_size_px, config.data.image_size_px),
+        noise_shape=noise_shape(model, config.data.image_size_px),
     )
     if config.data.horizontal_flip:
         mirrored = drawn.flip_B.to(device)[:, None, None, None]
@@ -47,6 +47,11 @@ def to_tensors(
     return images, noise
 
 
+def noise_shape(model: nn.Module, image_size_px: int) -> tuple[int, int, int]:
+    """Channels, height and width of the noise that a model takes."""
+    return model.noise_shape if isinstance(model, DiTi) else (3, image_size_px, image_size_px)
+
+
 def zeros(
     model: nn.Module, count: int, image_size_px: int, device: str | torch.device
 ) -> tuple[Tensor, ...]:
@@ -56,4 +61,5 @@ def zeros(
         return images, torch.zeros(count, len(model.attributes), device=device)
     if isinstance(model, Baseline) and not isinstance(model, OfTimesteps):
         return images, images
-    return images, torch.zeros(count, dtype=torch.int64, device=device), images
+    noise = torch.zeros(count, *noise_shape(model, image_size_px), device=device)
+    return images, torch.zeros(count, dtype=torch.int64, device=device), noise

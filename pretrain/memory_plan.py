@@ -10,11 +10,11 @@ from configs.task import DenoiserTask, DitiTask
 from data_pipelines.object_store import ObjectStore
 from data_pipelines.shard_index import ShardIndex
 from pretrain.activations import PassMemory, measure_pass
-from pretrain.backbone import untrained_backbone
 from pretrain.baselines import make_baseline
 from pretrain.denoiser import Denoiser
 from pretrain.diti import DiTi
 from pretrain.engine import BUCKET_NUMBERS, LIVE_NUMBERS
+from pretrain.frozen import untrained_frozen
 from pretrain.inputs import Model
 from pretrain.run_plan import RunPlan
 from pretrain.unet import set_recomputing
@@ -34,7 +34,7 @@ class ModelSizes:
 
 def sizes_of(model: Model, *, image_size_px: int, micro_batch: int) -> ModelSizes:
     """Found by taking a step without computing it; `model` is of no use afterwards."""
-    frozen = [model.decoder.trunk] if isinstance(model, DiTi) else []
+    frozen = model.frozen if isinstance(model, DiTi) else []
     numbers = [sum(p.numel() for p in part.parameters()) for part in (model, *frozen)]
     passes = measure_pass(model, *frozen, image_size_px=image_size_px, micro_batch=micro_batch)
     return ModelSizes(numbers[0], sum(numbers[1:]), passes)
@@ -62,7 +62,7 @@ def _make_model(config: RunConfig, store: ObjectStore) -> Model:
     size = config.data.image_size_px
     match config.task:
         case DitiTask() as task:
-            return DiTi(task, untrained_backbone(store, task.backbone), image_size_px=size)
+            return DiTi(task, untrained_frozen(store, task.backbone, size), image_size_px=size)
         case DenoiserTask() as task:
             return Denoiser(task)
         case task:

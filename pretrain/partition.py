@@ -111,10 +111,15 @@ class Partition:
         masks = self.cumulative_masks()
         return torch.cat([torch.zeros_like(masks[:1]), masks[:-1]])
 
-    def masks(self) -> "Masks":
-        """All tables that training and sampling look things up in."""
+    def masks(self, steps_T: Tensor | None = None) -> "Masks":
+        """All tables that training and sampling look things up in.
+
+        Args:
+            steps_T: the partition's step for each one of another schedule; None where these agree.
+        """
+        subset_T = self.subset_of_timestep()
         return Masks(
-            self.subset_of_timestep(),
+            subset_T if steps_T is None else subset_T[steps_T],
             self.cumulative_masks(),
             self.own_masks(),
             self.receding_masks(),

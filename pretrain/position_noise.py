@@ -33,7 +33,7 @@ def draw(
     *,
     seed: int,
     global_batch: int,
-    image_shape: tuple[int, int, int],
+    noise_shape: tuple[int, int, int],
 ) -> Draw:
     """Places, noise and coins of the samples at these positions.
 
@@ -41,7 +41,7 @@ def draw(
     parts of the distribution, one each, in an order that every batch permutes anew.
     """
     u_B = np.empty(len(positions))
-    noise_BCHW = np.empty((len(positions), *image_shape), np.float32)
+    noise_BCHW = np.empty((len(positions), *noise_shape), np.float32)
     flip_B = np.empty(len(positions), bool)
     for i, position in enumerate(positions.tolist()):
         generator = np.random.Generator(np.random.Philox(key=[seed, position]))

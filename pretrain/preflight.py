@@ -28,9 +28,9 @@ from data_pipelines.shard_index import (
 )
 from pretrain import checkpoint
 from pretrain.attention import DTYPES, choose_kernel
-from pretrain.backbone import load_backbone
 from pretrain.baselines import make_baseline
 from pretrain.diti import DiTi
+from pretrain.frozen import load_frozen
 from pretrain.resumable import changed_settings, check_resumable
 from pretrain.run_plan import RunPlan, plan_run
 from pretrain.trained import initial_weights
@@ -135,8 +135,9 @@ def preflight(
         newest = checkpoint.find(store, run_url(config), from_step)
     backbone = None
     if isinstance(config.task, DitiTask):
-        backbone = load_backbone(store, config.task.backbone)
-        model = DiTi(config.task, backbone, image_size_px=config.data.image_size_px)
+        size = config.data.image_size_px
+        backbone = load_frozen(store, config.task.backbone, image_size_px=size)
+        model = DiTi(config.task, backbone, image_size_px=size)
         if newest is None:
             load_start(model, store)
     elif not isinstance(config.task, DenoiserTask):

@@ -8,9 +8,10 @@ from configs.schema import RunConfig
 from data_pipelines.object_store import ObjectStore
 from data_pipelines.shard_index import ShardIndex
 from pretrain import checkpoint
-from pretrain.backbone import Backbone, state_problems
+from pretrain.backbone import state_problems
 from pretrain.ema import Ema
 from pretrain.engine import Engine
+from pretrain.frozen import Frozen
 from pretrain.pieces import KINDS, PiecesError, fill_pieces, tensors_of
 from pretrain.preflight import run_url
 from pretrain.resumable import check_resumable
@@ -21,7 +22,7 @@ def restore(
     store: ObjectStore,
     config: RunConfig,
     index: ShardIndex,
-    backbone: Backbone | None,
+    backbone: Frozen | None,
     engine: Engine,
     ema: Ema,
     *,

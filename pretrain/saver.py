@@ -15,11 +15,11 @@ from data_pipelines.object_store import ObjectStore, StoreError, join
 from data_pipelines.sample_stream import Batch
 from data_pipelines.shard_index import ShardIndex
 from pretrain import checkpoint
-from pretrain.backbone import Backbone
 from pretrain.ema import Ema
 from pretrain.engine import Engine
 from pretrain.error_budget import ErrorBudget
 from pretrain.fence import Fence, SupersededError
+from pretrain.frozen import Frozen
 from pretrain.journal import Journal
 from pretrain.metrics import MetricsLog
 from pretrain.pieces import KINDS, pack, tensors_of
@@ -47,7 +47,7 @@ class Saver:
         world: World,
         plan: RunPlan,
         index: ShardIndex,
-        backbone: Backbone | None,
+        backbone: Frozen | None,
         newest: checkpoint.Manifest | None,
         fence: Fence,
     ) -> None:

@@ -6,10 +6,11 @@ Letters: T time-steps, B batch.
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from configs.task import TimestepsConfig
-from pretrain.noise_schedule import NoiseSchedule
+from configs.task import ScheduleConfig, TimestepsConfig
+from pretrain.noise_schedule import NoiseSchedule, make_schedule
 
 Floats = NDArray[np.float64]
 
@@ -48,15 +49,16 @@ def uniform_timesteps(first: int, end: int, num_timesteps: int) -> TimestepDistr
 def timestep_distribution(config: TimestepsConfig, schedule: NoiseSchedule) -> TimestepDistribution:
     """The distribution that a run describes, on its backbone's schedule.
 
-    On the axis that draws are even in, each time-step owns a cell: [t, t + 1), or in log-SNR up to
-    the middle of the way to its neighbours. A piece is shared out over the cells that it overlaps.
+    On the axis that draws are even in, each time-step owns a cell: [t, t + 1) of the DDPM's steps,
+    or in log-SNR up to the middle of the way to its neighbours. A piece is shared out over the
+    cells that it overlaps.
 
     Raises:
         ValueError: a piece overlaps no time-step of this schedule.
     """
     edges = np.array(config.edges)
     if config.unit == "timestep":
-        cells = np.arange(schedule.num_timesteps + 1.0)
+        cells = _ddpm_cells(schedule)
     else:
         edges, cells = -edges, -_log_snr_cells(schedule)
     probability_T = np.zeros(schedule.num_timesteps)
@@ -69,6 +71,15 @@ def timestep_distribution(config: TimestepsConfig, schedule: NoiseSchedule) -> T
             )
         probability_T += share * overlap / overlap.sum()
     return TimestepDistribution(probability_T / probability_T.sum())
+
+
+def _ddpm_cells(schedule: NoiseSchedule) -> Floats:
+    """Rising bounds of the time-steps' cells in steps of the DDPM's schedule; float64 (T + 1,)."""
+    T = schedule.num_timesteps
+    ddpm = make_schedule(ScheduleConfig(num_timesteps=T))
+    if torch.equal(schedule.alpha_bar_T.cpu(), ddpm.alpha_bar_T):
+        return np.arange(T + 1.0)
+    return np.interp(-_log_snr_cells(schedule), -_log_snr_cells(ddpm), np.arange(T + 1.0))
 
 
 def _log_snr_cells(schedule: NoiseSchedule) -> Floats:

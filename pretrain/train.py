@@ -25,7 +25,6 @@ from data_pipelines.sample_stream import Batch, open_stream
 from data_pipelines.shard_index import ShardIndex, read_sets
 from pretrain import checkpoint
 from pretrain.attention import DTYPES, choose_kernel
-from pretrain.backbone import Backbone, load_backbone
 from pretrain.baselines import make_baseline
 from pretrain.denoiser import Denoiser
 from pretrain.diffae import DiffAe
@@ -34,6 +33,7 @@ from pretrain.ema import Ema
 from pretrain.engine import Engine, place_frozen
 from pretrain.error_budget import ErrorBudget
 from pretrain.fence import enter_together
+from pretrain.frozen import Frozen, load_frozen
 from pretrain.heartbeat import heartbeat
 from pretrain.inputs import Model, OfTimesteps, to_tensors
 from pretrain.metrics import MetricsLog
@@ -189,7 +189,7 @@ def run(
 
 def build_model(
     config: RunConfig, store: ObjectStore, device: torch.device, clock: Clock = untimed
-) -> tuple[Model, Backbone | None]:
+) -> tuple[Model, Frozen | None]:
     """The module that a run trains, on its device, and its backbone if it has one; collective.
 
     Args:
@@ -199,11 +199,13 @@ def build_model(
     kernel = choose_kernel(config.engine.attention, device=device, dtype=dtype)
     match config.task:
         case DitiTask() as task:
-            backbone = load_backbone(store, task.backbone)
-            model = DiTi(task, backbone, image_size_px=config.data.image_size_px)
+            size = config.data.image_size_px
+            backbone = load_frozen(store, task.backbone, image_size_px=size)
+            model = DiTi(task, backbone, image_size_px=size)
             model.clock = clock
-            set_attention(backbone.unet, kernel)
-            place_frozen(model.decoder.trunk, config.engine, device)
+            for part in model.frozen:
+                set_attention(part, kernel)
+                place_frozen(part, config.engine, device)
         case DenoiserTask() as task:
             model = Denoiser(task)
         case task:
@@ -220,7 +222,7 @@ def set_execution(model: Model, engine: EngineConfig) -> None:
     frozen, trained = [], []
     match model:
         case DiTi():
-            frozen, trained = [model.decoder.trunk], [model.encoder, model.decoder]
+            frozen, trained = model.frozen, [model.encoder, model.decoder]
         case Denoiser():
             trained = [model.unet]
         case DiffAe():

@@ -21,9 +21,10 @@ from configs.task import (
 )
 from data_pipelines.object_store import ObjectStore, absolute
 from pretrain import checkpoint
-from pretrain.backbone import digest_of_state, load_backbone, shapes_of, state_problems
+from pretrain.backbone import digest_of_state, shapes_of, state_problems
 from pretrain.diti import DiTi
 from pretrain.encoder import Encoder, make_encoder
+from pretrain.frozen import load_frozen
 from pretrain.partition import Partition, make_partition
 from pretrain.published import (
     AuthorsCheckpoint,
@@ -32,6 +33,7 @@ from pretrain.published import (
     load_authors_checkpoint,
 )
 from pretrain.resnet10 import ResNet10
+from pretrain.shift_decoder import ShiftDecoder
 
 EncoderLoader = Callable[..., "TrainedEncoder"]
 """Takes `store=`; all else about the encoder is bound, so that it can be sent to workers."""
@@ -203,8 +205,9 @@ def load_diti(
     """
     manifest = checkpoint.find(store, run_url, step)
     config, task = _diti_run(manifest, run_url)
-    backbone = load_backbone(store, task.backbone)
-    model = DiTi(task, backbone, image_size_px=config.data.image_size_px)
+    size = config.data.image_size_px
+    backbone = load_frozen(store, task.backbone, image_size_px=size)
+    model = DiTi(task, backbone, image_size_px=size)
     weights = checkpoint.read_tensors(store, run_url, manifest, ema=True)
     _load_exactly(model, weights, run_url)
     return model.requires_grad_(False).eval(), config, manifest
@@ -294,6 +297,7 @@ def _compare(authors: AuthorsCheckpoint, model: DiTi) -> None:
             f"{authors.source} cannot start this run: its encoder has {found.num_heads} attention "
             f"heads, the run's {encoder.num_heads}; set task.encoder.num_heads={found.num_heads}"
         )
+    assert isinstance(model.decoder, ShiftDecoder)  # names and shapes have been those of the file
     backbone = model.decoder.backbone.state_dict()
     other = [
         name

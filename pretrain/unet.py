@@ -8,7 +8,7 @@ Letters: B batch, C channels, H height, W width, E embedding (4 x base channels)
 
 import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from configs.task import UNetConfig
-from pretrain.attention import Kernel, sdpa
+from pretrain.attention import Kernel, sdpa, xformers_attention
 from pretrain.layers import (
     GroupNorm,
     PointwiseConv1d,
@@ -187,16 +187,20 @@ class BlockSequence(nn.Sequential):
 
 
 def set_attention(model: nn.Module, kernel: Kernel) -> None:
-    """Make every attention block below `model` use this kernel."""
-    for module in model.modules():
+    """Make every attention block below `model` use this kernel, those of diffusers too."""
+    modules: Iterator[Any] = model.modules()
+    for module in modules:
         if isinstance(module, AttentionBlock):
             module.kernel = kernel
+        elif kernel is xformers_attention and hasattr(module, "processor"):
+            module.set_use_memory_efficient_attention_xformers(True)  # diffusers' own is SDPA
 
 
 def set_recomputing(model: nn.Module, recomputes: bool) -> None:
-    """Whether the U-Net blocks below `model` that are trained recompute their activations."""
-    for module in model.modules():
-        if isinstance(module, BlockSequence):
+    """Whether the blocks below `model` that are trained recompute their activations."""
+    modules: Iterator[Any] = model.modules()
+    for module in modules:
+        if hasattr(module, "recomputes"):
             module.recomputes = recomputes
 
 

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from configs.schema import RunConfig
-from configs.task import BackboneConfig, DenoiserTask
-from data_pipelines.object_store import ObjectStore
+from configs.task import BackboneConfig, DenoiserTask, DiffusersConfig
+from data_pipelines.object_store import ObjectStore, join
 from pretrain import checkpoint
 from pretrain.backbone import load_backbone, pin_backbone, save_backbone
+from pretrain.diffusers_backbone import MODEL_INDEX, digest_of_folder, load_diffusers
 from pretrain.noise_schedule import make_schedule
 from pretrain.preflight import open_store, run_url
 from pretrain.published import (
@@ -155,6 +156,8 @@ def inspect_file(store: ObjectStore, url: str, options: ImportOptions) -> dict[s
     """
     if url.endswith(".safetensors"):
         return _inspect_backbone(store, url)
+    if store.exists(join(url, MODEL_INDEX)):
+        return _inspect_pipeline(store, url)
     authors = options.load(store, url)
     parts = {"encoder": authors.encoder, "shift path": authors.shift, "backbone": authors.backbone}
     partition = authors.partition
@@ -192,6 +195,30 @@ def _inspect_backbone(store: ObjectStore, url: str) -> dict[str, Any]:
         "schedule": backbone.schedule.model_dump(mode="json"),
         "config": url.removesuffix(".safetensors") + ".json",
         "origins": dict.fromkeys(("U-Net", "schedule", "image size"), "card"),
+    }
+
+
+def _inspect_pipeline(store: ObjectStore, url: str) -> dict[str, Any]:
+    """A folder of diffusers, whose digest a run file pins."""
+    digest = digest_of_folder(store, url)
+    config = DiffusersConfig(kind="diffusers", folder=url, sha256=digest, tail_blocks=1)
+    backbone = load_diffusers(store, config, image_size_px=None)
+    latents = backbone.latents
+    parts = {"backbone": backbone.model} | ({"vae": latents.vae} if latents else {})
+    log_snr = backbone.noise_schedule.log_snr_T
+    return {
+        "file": url,
+        "sha256": digest,
+        "kind": "backbone",
+        "image_size_px": backbone.image_size_px,
+        "prediction": backbone.prediction,
+        "parts": {name: _count(model.state_dict()) for name, model in parts.items()},
+        "schedule": {
+            "num_timesteps": len(log_snr),
+            "log_snr": [round(log_snr[0].item(), 2), round(log_snr[-1].item(), 2)],
+        },
+        "config": join(url, MODEL_INDEX),
+        "origins": dict.fromkeys(("model", "schedule", "latents"), "its own configurations"),
     }
 
 

@@ -49,6 +49,12 @@ def encode(model: DiTi, images_BCHW: Tensor) -> Tensor:
     return torch.cat([model.encoder(chunk) for chunk in images_BCHW.split(CHUNK)])
 
 
+@torch.inference_mode()
+def to_latents(model: DiTi, images_BCHW: Tensor) -> Tensor:
+    """What noise is added to, of images in [-1, 1]; BCHW."""
+    return torch.cat([model.to_latents(chunk) for chunk in images_BCHW.split(CHUNK)])
+
+
 def to_unit(images_BHWC: NDArray[np.uint8]) -> Tensor:
     """uint8 pixels to [-1, 1]; BCHW."""
     return torch.from_numpy(images_BHWC).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -58,10 +64,11 @@ def four_losses(model: DiTi, images_BCHW: Tensor, *, repeats: int = 2) -> FourLo
     """The four losses, each image at `repeats` time-steps of the trained range."""
     z = encode(model, images_BCHW)
     features = (z, z.roll(1, 0), z.mean(0, keepdim=True).expand_as(z))
+    x0 = to_latents(model, images_BCHW)
     losses = []
     for repeat in range(repeats):
-        t, noise = draw_noise(images_BCHW, model.timesteps, repeat)
-        losses.append(_losses(model, images_BCHW, t, noise, *features))
+        t, noise = draw_noise(x0, model.timesteps, repeat)
+        losses.append(_losses(model, x0, t, noise, *features))
     return FourLosses(*torch.cat(losses, dim=1).mean(dim=1).tolist())
 
 
@@ -69,27 +76,27 @@ def timestep_losses(model: DiTi, images_BCHW: Tensor, *, num_bins: int = 16) -> 
     """Backbone's and DiTi's loss by time-step over the trained range."""
     first, end = model.timesteps.trained_range
     width = -(-(end - first) // num_bins)
-    z = encode(model, images_BCHW)
+    z, x0 = encode(model, images_BCHW), to_latents(model, images_BCHW)
     starts, curves = tuple(range(first, end, width)), ([], [])
     for number, start in enumerate(starts):
         bin_of = uniform_timesteps(start, min(start + width, end), model.schedule.num_timesteps)
-        t, noise = draw_noise(images_BCHW, bin_of, number)
-        means = _losses(model, images_BCHW, t, noise, z).mean(dim=1).tolist()
+        t, noise = draw_noise(x0, bin_of, number)
+        means = _losses(model, x0, t, noise, z).mean(dim=1).tolist()
         for curve, mean in zip(curves, means, strict=True):
             curve.append(mean)
     return TimestepLosses(starts, width, tuple(curves[0]), tuple(curves[1]))
 
 
 def draw_noise(
-    images_BCHW: Tensor, timesteps: TimestepDistribution, repeat: int = 0
+    x0_BCHW: Tensor, timesteps: TimestepDistribution, repeat: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Time-steps and noise of evaluation, the same for every model; other ones per `repeat`."""
-    count, channels, height, width = images_BCHW.shape
+    count, channels, height, width = x0_BCHW.shape
     drawn = draw(
         np.arange(count) + repeat * count,
         seed=NOISE_SEED,
         global_batch=count,
-        image_shape=(channels, height, width),
+        noise_shape=(channels, height, width),
     )
     return torch.from_numpy(timesteps.quantile(drawn.place_B)), drawn.noise_BCHW
 

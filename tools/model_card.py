@@ -189,7 +189,7 @@ def _backbone(
         file = f"the frozen part of {trained.checkpoint}"
     else:
         assert isinstance(run.task, DitiTask)
-        file = _shown(run.task.backbone.weights)
+        file = _shown(run.task.backbone.place)
     told = [
         (words, f"{value:,}" if isinstance(value := card[key], int) else value)
         for key, words in _BACKBONE_FACTS.items()
@@ -280,11 +280,8 @@ def _shareable(run: RunConfig) -> RunConfig:
     """The run without where its team keeps, caches and tracks things; it can be read back."""
     task = run.task
     assert isinstance(task, DitiTask)
-    weights = {"weights": _shown(task.backbone.weights)}
     start = None if task.start_from is None else _shown(task.start_from)
-    task = task.model_copy(
-        update={"backbone": task.backbone.model_copy(update=weights), "start_from": start}
-    )
+    task = task.model_copy(update={"backbone": task.backbone.moved(_shown), "start_from": start})
     data = run.data.moved(_shown).model_copy(update={"cache": None})
     return run.model_copy(
         update={

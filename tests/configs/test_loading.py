@@ -182,6 +182,7 @@ def test_rules_between_fields_name_their_section():
         ("task.encoder.latentdim", "did you mean 'latent_dim'?"),
         ("task.encoder.chanels", "did you mean 'channels'?"),
         ("task.backbone.sha", "did you mean 'sha256'?"),
+        ("task.backbone.folder", "valid keys are ['kind', 'sha256', 'weights']"),  # of the other
         ("task.schedul", "valid keys are ['backbone', 'encoder', "),  # of the other kind of task
         ("wandb.zzz", "valid keys are ['mode', 'project']"),
         ("denoiser", "valid keys are ['cluster', 'data', "),

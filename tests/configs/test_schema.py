@@ -30,6 +30,7 @@ MINIMAL: dict[str, dict[str, Any]] = {
     "CacheConfig": {"folder": "/scratch", "limit_gib": 1.0},
     "SourceConfig": {"shards": "s3://bucket/shards"},
     "BackboneConfig": {"weights": "builtin/avatars32", "sha256": SHA256},
+    "DiffusersConfig": {"kind": "diffusers", "folder": "s3://bucket/model", "sha256": SHA256},
     "DitiTask": {"kind": "diti", "backbone": {"weights": "x.safetensors", "sha256": SHA256}},
     "DenoiserTask": {"kind": "denoiser", "unet": {}},
     "LabelsTask": {"kind": "labels", "attributes": ["hat"]},

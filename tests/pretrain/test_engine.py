@@ -57,7 +57,7 @@ def micro_batches(step: int) -> list[tuple[torch.Tensor, ...]]:
             positions,
             seed=0,
             global_batch=8,
-            image_shape=(3, 32, 32),
+            noise_shape=(3, 32, 32),
         )
         noise = drawn.noise_BCHW.to(DEVICE)
         t_B = torch.from_numpy(uniform_timesteps(0, 200, 1000).quantile(drawn.place_B))

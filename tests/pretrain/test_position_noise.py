@@ -18,7 +18,7 @@ def drawn(positions, seed: int = 0, timesteps=(0, 1000), shape=SHAPE, batch: int
         np.asarray(positions, np.int64),
         seed=seed,
         global_batch=batch,
-        image_shape=shape,
+        noise_shape=shape,
     )
     t_B = uniform_timesteps(*timesteps, 1000).quantile(found.place_B)
     return torch.from_numpy(t_B), found.noise_BCHW
@@ -97,7 +97,7 @@ def test_every_global_batch_spreads_over_all_strata_of_time_steps(batch: int):
 
 
 def test_the_coin_is_fair_and_a_function_of_the_position():
-    arguments = {"seed": 3, "global_batch": 4, "image_shape": (1, 1, 1)}
+    arguments = {"seed": 3, "global_batch": 4, "noise_shape": (1, 1, 1)}
     flips = draw(np.arange(2_000), **arguments).flip_B
     assert 850 < int(flips.sum()) < 1_150
     assert torch.equal(draw(np.arange(500, 600), **arguments).flip_B, flips[500:600])

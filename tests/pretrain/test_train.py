@@ -557,7 +557,7 @@ def test_images_are_mirrored_where_their_coin_says_so(tmp_path: Path):
     ramp = np.tile(np.arange(32, dtype=np.uint8)[None, None, :, None], (8, 32, 1, 3))
     batch = Batch(ramp, np.arange(8), ("key",) * 8)
     images, _, noise = to_tensors(batch, config, model, torch.device("cpu"))
-    coins = draw(batch.positions, seed=config.seed, global_batch=32, image_shape=(3, 32, 32)).flip_B
+    coins = draw(batch.positions, seed=config.seed, global_batch=32, noise_shape=(3, 32, 32)).flip_B
     assert 0 < coins.sum() < 8
     falls = (images[:, 0, 0, -1] < images[:, 0, 0, 0]).tolist()
     assert falls == coins.tolist()

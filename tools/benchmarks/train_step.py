@@ -28,6 +28,7 @@ from pretrain.diti import DiTi
 from pretrain.ema import Ema
 from pretrain.encoder import Encoder
 from pretrain.engine import keep_freed_memory
+from pretrain.shift_decoder import ShiftDecoder
 from pretrain.step_clock import StepClock, timed
 from pretrain.unet import UNet
 from tools.benchmarks import plain_model
@@ -165,6 +166,7 @@ def take_the_plain_way(model: DiTi) -> None:
     """Replace the passes of the networks by those of `plain_model`, over the same parameters."""
     decoder, encoder = model.decoder, model.encoder
     assert isinstance(encoder, Encoder)
+    assert isinstance(decoder, ShiftDecoder)
     plain_look = torch.no_grad()(partial(plain_model.look, decoder.backbone))
     for part, method, plain in (
         (decoder.trunk, "forward", plain_look),

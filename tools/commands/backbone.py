@@ -103,7 +103,10 @@ def import_(
 
 @app.command()
 def inspect(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="FILE.pt or FILE.safetensors.")],
+    file: Annotated[
+        str,
+        typer.Argument(metavar="FILE", help="FILE.pt, FILE.safetensors or a folder of diffusers."),
+    ],
     config: AuthorsConfig = None,
     image_size: ImageSize = None,
     ema: Ema = True,

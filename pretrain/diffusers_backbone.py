@@ -1,0 +1,376 @@
+"""A frozen model as diffusers saves it: found, checked, loaded by diffusers' own classes.
+
+`folder` holds a pipeline: `model_index.json`, `unet` or `transformer`, `scheduler`, and where there
+are any `vae`, text encoders and tokenizers. Only JSON, vocabularies and safetensors are read;
+nothing from the folder is run.
+
+Letters: B batch, C channels, H height, W width.
+"""
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from inspect import signature
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from configs.task import DiffusersConfig
+from data_pipelines.object_store import ObjectStore
+from pretrain.backbone import BackboneError, first_few
+from pretrain.copied_tail import Anatomy, Condition, CopiedTail
+from pretrain.noise_schedule import NoiseSchedule, Prediction, flow_schedule, schedule_of
+
+MODEL_INDEX = "model_index.json"
+_DENOISERS = (
+    "UNet2DModel",
+    "UNet2DConditionModel",
+    "DiTTransformer2DModel",
+    "SD3Transformer2DModel",
+)
+_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline")
+_TEXT_PARTS = [f"{part}{n}" for part in ("text_encoder", "tokenizer") for n in ("", "_2", "_3")]
+_READ = (".json", ".safetensors", ".txt", ".model")
+"""Endings of files that are taken from a folder."""
+_FLOW_STEPS = 1000
+_PREDICTIONS: Mapping[str, Prediction] = {
+    "epsilon": "epsilon",
+    "v_prediction": "v",
+    "sample": "x0",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Latents:
+    """How images become what the denoiser works on."""
+
+    vae: Any
+    scaling_factor: float
+    shift_factor: float
+    channels: int
+    factor: int
+    """Image pixels per latent pixel, a side."""
+
+    @torch.no_grad()
+    def encode(self, images_BCHW: Tensor) -> Tensor:
+        """Latents of images in [-1, 1]: the mean that the VAE gives, shifted and scaled; BCHW."""
+        weights = next(self.vae.parameters())
+        mean = self.vae.encode(images_BCHW.to(weights.dtype)).latent_dist.mode()
+        return (mean.float() - self.shift_factor) * self.scaling_factor
+
+
+@dataclass(frozen=True, slots=True)
+class DiffusersBackbone:
+    """A frozen denoiser (float32, eval mode, no gradients) and what its folder says of it."""
+
+    model: nn.Module
+    anatomy: Anatomy
+    noise_schedule: NoiseSchedule
+    prediction: Prediction
+    condition: Condition
+    """Of one image, the same for every image."""
+    latents: Latents | None
+    """None where the denoiser works on pixels."""
+    image_size_px: int
+    sha256: str
+    card_sha256: None = None
+    """The digest of the folder is over its configurations too."""
+
+    def make_decoder(self, latent_dim: int) -> CopiedTail:
+        """The trainable decoder beside it."""
+        return CopiedTail(
+            self.model,
+            self.anatomy,
+            self.noise_schedule,
+            self.prediction,
+            self.condition,
+            latent_dim=latent_dim,
+        )
+
+
+def digest_of_folder(store: ObjectStore, url: str) -> str:
+    """SHA-256 over names and bytes of all that `load_diffusers` may read below `url`.
+
+    Raises:
+        BackboneError: there is no pipeline, or one with weights in another format only.
+    """
+    with _local(store, url) as folder:
+        return _digest(_files(folder, url), folder)
+
+
+def load_diffusers(
+    store: ObjectStore, config: DiffusersConfig, *, image_size_px: int | None
+) -> DiffusersBackbone:
+    """Read, verify and freeze the model that `config` pins.
+
+    Args:
+        image_size_px: of the images that it will see; None means those it was made for.
+
+    Raises:
+        BackboneError: another digest, a part that is missing or does not fit, another format.
+    """
+    with _local(store, config.folder) as folder:
+        digest = _digest(_files(folder, config.folder), folder)
+        if digest != config.sha256:
+            raise BackboneError(
+                f"backbone {config.folder} has SHA-256 {digest} over its files, but "
+                f"task.backbone.sha256 pins {config.sha256}; use the pinned folder, or pin this "
+                f"one if the change is meant"
+            )
+        model = _load(folder, _part(folder, config.folder, ("unet", "transformer")), _DENOISERS)
+        schedule, prediction = _schedule(folder, config.folder)
+        latents = _latents(folder)
+        image_size_px = _checked_size(model, latents, image_size_px)
+        return DiffusersBackbone(
+            model=model,
+            anatomy=anatomy_of(model, config.tail_blocks),
+            noise_schedule=schedule,
+            prediction=prediction,
+            condition=_condition(folder, model, config, image_size_px),
+            latents=latents,
+            image_size_px=image_size_px,
+            sha256=digest,
+        )
+
+
+def _checked_size(model: Any, latents: Latents | None, image_size_px: int | None) -> int:
+    """The images' size, which the model can take; a U-Net takes many, a transformer few."""
+    factor = latents.factor if latents else 1
+    made_for = model.config.sample_size * factor
+    size = image_size_px or made_for
+    if hasattr(model, "up_blocks"):
+        step, most = factor * 2 ** (len(model.up_blocks) - 1), size
+    elif hasattr(model, "time_text_embed"):
+        step = factor * model.config.patch_size
+        most = step * model.config.pos_embed_max_size
+    else:
+        step, most = made_for, made_for
+    if size % step or size > most:
+        limit = f", at most {most}" if most != size else ""
+        raise BackboneError(
+            f"data.image_size_px is {size}, but this backbone takes multiples of {step} px{limit}; "
+            f"it was made for {made_for} px"
+        )
+    return size
+
+
+def anatomy_of(model: Any, tail_blocks: int) -> Anatomy:
+    """Where the tail of a denoiser begins: at a U-Net's middle, or `tail_blocks` from the end.
+
+    Raises:
+        BackboneError: a transformer has not so many blocks.
+    """
+    if hasattr(model, "up_blocks"):
+        return _anatomy_of_unet(model)
+    blocks = [f"transformer_blocks.{i}" for i in range(len(model.transformer_blocks))]
+    if tail_blocks > len(blocks):
+        raise BackboneError(
+            f"task.backbone.tail_blocks is {tail_blocks}, but the transformer has {len(blocks)} "
+            f"blocks"
+        )
+    front, tail = blocks[:-tail_blocks], blocks[-tail_blocks:]
+    if hasattr(model, "time_text_embed"):  # SD3's blocks share one embedding
+        shared = ("time_text_embed",)
+        front = ("pos_embed", "context_embedder", *shared, *front)
+        return Anatomy(front, shared, "proj_out", model.inner_dim)
+    own = tuple(f"{block}.norm1.emb" for block in tail)
+    end = () if blocks[0] in tail else (f"{blocks[0]}.norm1.emb",)  # the output's norm asks it too
+    return Anatomy(("pos_embed", *front, *end, *own), own, "proj_out_2", model.inner_dim)
+
+
+def _anatomy_of_unet(model: Any) -> Anatomy:
+    from diffusers.models.resnet import ResnetBlock2D
+
+    embeddings = ("time_embedding", "class_embedding", "add_embedding", "encoder_hid_proj")
+    front = [name for name in embeddings if getattr(model, name, None) is not None]
+    down = [f"down_blocks.{i}" for i in range(len(model.down_blocks))]
+    steered = [
+        f"{name}.norm2"
+        for name, module in model.named_modules()
+        if isinstance(module, ResnetBlock2D) and name.startswith(("mid_block", "up_blocks"))
+    ]
+    width = model.time_embedding.linear_2.out_features
+    return Anatomy((*front, "conv_in", *down), tuple(steered), "conv_out", width)
+
+
+@contextmanager
+def _local(store: ObjectStore, url: str) -> Iterator[Path]:
+    """The folder itself where it is local; else a copy of what may be read, for as long as that."""
+    if "://" not in url:
+        yield Path(url)
+        return
+    with TemporaryDirectory(prefix="diti-backbone-") as copy:
+        for info in store.list(url):
+            name = info.url.removeprefix(url.rstrip("/") + "/")
+            if name.endswith(_READ):
+                target = Path(copy, name)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                store.download(info.url, target)
+        yield Path(copy)
+
+
+def _files(folder: Path, url: str) -> list[str]:
+    """Names of all that may be read."""
+    if not (folder / MODEL_INDEX).is_file():
+        raise BackboneError(
+            f"backbone {url} is no pipeline of diffusers: it has no {MODEL_INDEX}; give the "
+            f"folder that save_pretrained wrote, or one that was downloaded whole"
+        )
+    names = [str(p.relative_to(folder)) for p in folder.rglob("*") if p.name.endswith(_READ)]
+    return sorted(names)
+
+
+def _digest(names: list[str], folder: Path) -> str:
+    total = hashlib.sha256()
+    for name in names:
+        with (folder / name).open("rb") as file:
+            total.update(f"{name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
+def _part(folder: Path, url: str, names: tuple[str, ...]) -> str:
+    for name in names:
+        if (folder / name / "config.json").is_file():
+            return name
+    raise BackboneError(f"backbone {url} has no {' or '.join(names)} with a config.json")
+
+
+def _quiet_diffusers() -> Any:
+    """The library, imported only where it is needed, without what it prints beside errors."""
+    logging.getLogger("xformers").setLevel(logging.ERROR)  # where attention runs is said elsewhere
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    return diffusers
+
+
+def _load(folder: Path, part: str, allowed: tuple[str, ...]) -> Any:
+    """One model of the folder, with every weight found and none left over."""
+    diffusers = _quiet_diffusers()
+    name = json.loads((folder / part / "config.json").read_text()).get("_class_name")
+    if name not in allowed:
+        raise BackboneError(
+            f"{part}/config.json names the class {name!r}; supported are {', '.join(allowed)}"
+        )
+    if not list((folder / part).glob("*.safetensors")):
+        raise BackboneError(
+            f"{part} holds no weights in safetensors, the only format that is read; save the model "
+            f"again with save_pretrained(safe_serialization=True)"
+        )
+    try:
+        model, found = getattr(diffusers, name).from_pretrained(
+            folder / part,
+            use_safetensors=True,
+            local_files_only=True,
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
+            dtype=torch.float32,
+        )
+    except (OSError, RuntimeError, ValueError, TypeError, SafetensorError) as error:
+        raise BackboneError(
+            f"{part} cannot be loaded: {' '.join(str(error).split())[:300]}; fetch it again, or "
+            f"use weights and config.json of the same model"
+        ) from error
+    problems = {what: found[what] for what in ("missing_keys", "unexpected_keys") if found[what]}
+    if problems:
+        listed = "; ".join(
+            f"{what.split('_')[0]}: {first_few(sorted(keys))}" for what, keys in problems.items()
+        )
+        raise BackboneError(f"the weights in {part} do not fit its config.json; {listed}")
+    return model.requires_grad_(False).eval()
+
+
+def _schedule(folder: Path, url: str) -> tuple[NoiseSchedule, Prediction]:
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+
+    file = folder / "scheduler" / "scheduler_config.json"
+    if not file.is_file():
+        raise BackboneError(f"backbone {url} has no scheduler/scheduler_config.json")
+    config: dict[str, Any] = json.loads(file.read_text())
+    if config["_class_name"].startswith("FlowMatch"):
+        return flow_schedule(_FLOW_STEPS, config.get("shift", 1.0)), "flow"
+    kind = config.get("prediction_type", "epsilon")
+    scheduler: Any = DDPMScheduler.from_config(config)
+    return schedule_of(scheduler.alphas_cumprod), _PREDICTIONS[kind]
+
+
+def _latents(folder: Path) -> Latents | None:
+    if not (folder / "vae" / "config.json").is_file():
+        return None
+    vae = _load(folder, "vae", ("AutoencoderKL",))
+    config = vae.config
+    return Latents(
+        vae=vae,
+        scaling_factor=config.scaling_factor,
+        shift_factor=config.shift_factor or 0.0,
+        channels=config.latent_channels,
+        factor=2 ** (len(config.block_out_channels) - 1),
+    )
+
+
+def _condition(
+    folder: Path, model: Any, config: DiffusersConfig, image_size_px: int
+) -> dict[str, Any]:
+    """What the model is told of every image: nothing, in its pipeline's own words for it."""
+    classes = getattr(model.config, "num_embeds_ada_norm", None)
+    if classes is not None:  # one more than the classes is the null class
+        return {"class_labels": torch.tensor([classes])}
+    if type(model).__name__ == "UNet2DModel":
+        return {}
+    prompt, pooled = _null_prompt(folder, model)
+    wanted = getattr(model.config, "cross_attention_dim", None) or model.config.joint_attention_dim
+    if prompt.shape[-1] != wanted:
+        raise BackboneError(
+            f"the text encoders make embeddings of {prompt.shape[-1]} dimensions, but the denoiser "
+            f"takes {wanted}; use the text encoders that it was trained with"
+        )
+    if pooled is None:
+        return {"encoder_hidden_states": prompt}
+    if hasattr(model, "time_text_embed"):
+        return {"encoder_hidden_states": prompt, "pooled_projections": pooled}
+    size = [image_size_px, image_size_px]
+    told = {"text_embeds": pooled, "time_ids": torch.tensor([[*size, 0, 0, *size]]).float()}
+    return {"encoder_hidden_states": prompt, "added_cond_kwargs": told}
+
+
+@torch.no_grad()
+def _null_prompt(folder: Path, model: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Embeddings that the pipeline puts in the place of no prompt, of one image, and pooled."""
+    index = json.loads((folder / MODEL_INDEX).read_text())
+    if index["_class_name"] not in _PIPELINES:
+        raise BackboneError(
+            f"{MODEL_INDEX} names the pipeline {index['_class_name']!r}; supported are "
+            f"{', '.join(_PIPELINES)}"
+        )
+    kind = getattr(_quiet_diffusers(), index["_class_name"])
+    wanted, _ = kind._get_signature_keys(kind)
+    denoiser = "transformer" if "transformer" in wanted else "unet"
+    read = [part for part in _TEXT_PARTS if (folder / part).is_dir()]
+    pipeline = kind.from_pretrained(
+        folder,
+        use_safetensors=True,
+        local_files_only=True,
+        low_cpu_mem_usage=False,
+        dtype=torch.float32,
+        **dict.fromkeys(set(wanted) - {"scheduler", denoiser, *read}),
+        **{denoiser: model},
+    )
+    encode = pipeline.encode_prompt
+    prompts = {
+        name: "" for name in signature(encode).parameters if re.fullmatch(r"prompt(_\d)?", name)
+    }
+    found = encode(
+        **prompts, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True
+    )
+    return found[1], found[3] if len(found) == 4 else None
