@@ -343,8 +343,9 @@ class DitiTask(Section):
     mode: Literal["base", "stop_grad", "dual"] = "base"
     """What the decoder sees at t: all subsets up to t's own; the same with gradients to the own
     subset only; or both, with the losses added."""
-    weight: Literal["snr", "constant", "min_snr"] = "snr"
-    """Loss weight: the paper's SNR^gamma / (1 + SNR), 1, or min(SNR, cap) / SNR."""
+    weight: Literal["snr", "constant", "min_snr", "v"] = "snr"
+    """Loss weight: the paper's SNR^gamma / (1 + SNR); 1; min(SNR, cap) / SNR; or (1 + SNR) / SNR,
+    which makes the loss the error of v: about as large at every time-step."""
     snr_gamma: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
     """gamma of the weight `snr`."""
     min_snr_cap: PositiveFloat = 5.0

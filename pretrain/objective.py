@@ -11,7 +11,7 @@ from pretrain.noise_schedule import NoiseSchedule
 from pretrain.partition import Masks
 
 Mode = Literal["base", "stop_grad", "dual"]
-Weight = Literal["snr", "constant", "min_snr"]
+Weight = Literal["snr", "constant", "min_snr", "v"]
 
 
 def denoising_loss(target_BCHW: Tensor, estimate_BCHW: Tensor) -> Tensor:
@@ -50,12 +50,15 @@ def loss_weight(
     snr_gamma: float = 0.1,
     min_snr_cap: float = 5.0,
 ) -> Tensor:
-    """w_t: the paper's SNR^gamma / (1 + SNR), 1, or min(SNR, cap) / SNR; float32 (B,)."""
+    """w_t: the paper's SNR^gamma / (1 + SNR), 1, min(SNR, cap) / SNR, or (1 + SNR) / SNR, which
+    makes it the error of v; float32 (B,)."""
     snr = schedule.snr(t_B)
     if weight == "snr":
         return snr**snr_gamma / (1 + snr)
     if weight == "min_snr":
         return snr.clamp(max=min_snr_cap) / snr
+    if weight == "v":
+        return (1 + snr) / snr
     return snr.new_ones(snr.shape)
 
 

@@ -41,6 +41,21 @@ class TimestepLosses:
     bin_width: int
     backbone: tuple[float, ...]
     diti: tuple[float, ...]
+    shuffled: tuple[float, ...]
+    mean_image: tuple[float, ...]
+    """Of an estimate that takes every image for the mean of all: SNR_t times their variance."""
+
+    @property
+    def worse_than_the_mean_image_from(self) -> int | None:
+        """The first time-step from which on the backbone knows less than that; None if it never
+        does. Its own error there is larger than all that a feature could take off."""
+        first = None
+        bins = zip(self.bin_starts, self.backbone, self.mean_image, strict=True)
+        for start, backbone, mean_image in reversed(list(bins)):
+            if backbone <= mean_image:
+                break
+            first = start
+        return first
 
 
 @torch.inference_mode()
@@ -73,18 +88,18 @@ def four_losses(model: DiTi, images_BCHW: Tensor, *, repeats: int = 2) -> FourLo
 
 
 def timestep_losses(model: DiTi, images_BCHW: Tensor, *, num_bins: int = 16) -> TimestepLosses:
-    """Backbone's and DiTi's loss by time-step over the trained range."""
+    """Losses by time-step over the trained range."""
     first, end = model.timesteps.trained_range
     width = -(-(end - first) // num_bins)
     z, x0 = encode(model, images_BCHW), to_latents(model, images_BCHW)
-    starts, curves = tuple(range(first, end, width)), ([], [])
+    variance = x0.var(dim=0).mean().item()
+    starts, rows = tuple(range(first, end, width)), []
     for number, start in enumerate(starts):
         bin_of = uniform_timesteps(start, min(start + width, end), model.schedule.num_timesteps)
         t, noise = draw_noise(x0, bin_of, number)
-        means = _losses(model, x0, t, noise, z).mean(dim=1).tolist()
-        for curve, mean in zip(curves, means, strict=True):
-            curve.append(mean)
-    return TimestepLosses(starts, width, tuple(curves[0]), tuple(curves[1]))
+        means = _losses(model, x0, t, noise, z, z.roll(1, 0)).mean(dim=1).tolist()
+        rows.append((*means, variance * model.schedule.snr(t).mean().item()))
+    return TimestepLosses(starts, width, *zip(*rows, strict=True))
 
 
 def draw_noise(

@@ -166,8 +166,24 @@ def print_disentanglement(found: Disentanglement) -> None:
 
 
 def print_timestep_losses(losses: TimestepLosses) -> None:
-    table = Table("time-steps", "backbone alone", "DiTi", "gap", title="loss on unseen images")
-    for start, backbone, diti in zip(losses.bin_starts, losses.backbone, losses.diti, strict=True):
-        steps = f"{start}-{start + losses.bin_width}"
-        table.add_row(steps, f"{backbone:.5f}", f"{diti:.5f}", f"{diti / backbone - 1:+.1%}")
+    table = Table(
+        *("time-steps", "backbone alone", "DiTi", "gap", "another's feature", "the mean image"),
+        title="loss on unseen images",
+    )
+    columns = (losses.backbone, losses.diti, losses.shuffled, losses.mean_image)
+    for start, backbone, diti, shuffled, mean in zip(losses.bin_starts, *columns, strict=True):
+        table.add_row(
+            f"{start}-{start + losses.bin_width}",
+            f"{backbone:.5f}",
+            f"{diti:.5f}",
+            f"{diti / backbone - 1:+.1%}",
+            f"{shuffled / backbone - 1:+.1%}",
+            f"{mean:.5f}",
+        )
     Console().print(table)
+    if (first := losses.worse_than_the_mean_image_from) is not None:
+        Console().print(
+            f"from time-step {first} on the backbone is worse than taking every image for the mean "
+            f"one: its own error hides what a feature could add; train on time-steps below, or "
+            f"against a backbone that predicts v"
+        )

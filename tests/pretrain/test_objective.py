@@ -222,6 +222,21 @@ def test_dual_adds_the_two_losses_and_their_gradients():
     torch.testing.assert_close(gradients["dual"], gradients["base"] + gradients["stop_grad"])
 
 
+def test_weighed_by_v_the_loss_is_the_error_of_the_velocity():
+    """v of two noise estimates at the same x_t."""
+    t = torch.tensor([1, 50, 400, 900])
+    xt, noise, estimate = torch.randn(3, 4, 3, 8, 8, dtype=torch.float64)
+    alpha_bar = SCHEDULE.alpha_bar_T[t].double()[:, None, None, None]
+
+    def v_of(epsilon):
+        x0 = (xt - (1 - alpha_bar).sqrt() * epsilon) / alpha_bar.sqrt()
+        return alpha_bar.sqrt() * epsilon - (1 - alpha_bar).sqrt() * x0
+
+    wanted = (v_of(noise) - v_of(estimate)).square().mean(dim=(1, 2, 3))
+    found = loss_weight(SCHEDULE, t, "v") * denoising_loss(noise, estimate)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=0)
+
+
 def test_min_snr_weighs_like_constant_loss_until_its_cap():
     weight = numbers(loss_weight(SCHEDULE, STEPS, "min_snr", min_snr_cap=5.0))
     snr = np.array([REFERENCE.snr(t) for t in STEPS.tolist()])

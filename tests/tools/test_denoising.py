@@ -1,12 +1,13 @@
 """The losses and pictures of the report, each against the same made the long way."""
 
+import pytest
 import torch
 
 from pretrain.objective import denoising_loss
 from pretrain.sampling import ddim_sample, diti_estimate
 from pretrain.timesteps import uniform_timesteps
 from tests.tiny_model import tiny_diti
-from tools.denoising import draw_noise, encode, four_losses, timestep_losses
+from tools.denoising import TimestepLosses, draw_noise, encode, four_losses, timestep_losses
 from tools.pictures import DDIM_STEPS, interpolations, to_pixels
 
 IMAGES = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -44,7 +45,31 @@ def test_the_loss_by_time_step_covers_the_trained_range_once():
     assert found.bin_starts[0] == first
     assert found.bin_starts[-1] < end <= found.bin_starts[-1] + found.bin_width
     assert len(found.backbone) == len(found.diti) == len(found.bin_starts) == 4
-    assert all(a != b for a, b in zip(found.backbone, found.diti, strict=True))
+    assert all(
+        len({*row}) == 4
+        for row in zip(found.backbone, found.diti, found.shuffled, found.mean_image, strict=True)
+    )
+
+
+def test_the_mean_image_is_the_best_estimate_that_looks_at_no_image():
+    """Its error in units of the noise, written out for one time-step."""
+    model = tiny_diti().eval()
+    found = timestep_losses(model, IMAGES, num_bins=1000)
+    t = torch.tensor([700])
+    snr = model.schedule.snr(t).item()
+    wanted = snr * (IMAGES - IMAGES.mean(0)).square().sum(0).mean().item() / (len(IMAGES) - 1)
+    assert found.mean_image[found.bin_starts.index(700)] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_where_the_backbone_is_worse_than_the_mean_image_is_told():
+    def losses(*backbone: float) -> TimestepLosses:
+        return TimestepLosses((0, 10, 20), 10, backbone, backbone, backbone, (3.0, 2.0, 1.0))
+
+    assert losses(1.0, 1.0, 0.5).worse_than_the_mean_image_from is None
+    assert losses(4.0, 1.0, 0.5).worse_than_the_mean_image_from is None, "not to the end"
+    assert losses(1.0, 1.0, 1.5).worse_than_the_mean_image_from == 20
+    assert losses(1.0, 2.5, 1.5).worse_than_the_mean_image_from == 10
+    assert losses(4.0, 2.5, 1.5).worse_than_the_mean_image_from == 0
 
 
 def test_interpolations_begin_at_a_and_end_at_the_moved_parts_of_b():
