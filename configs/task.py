@@ -207,8 +207,21 @@ class ResNet10Config(Section):
         return self
 
 
+class VitConfig(Section):
+    """Vision transformer x_0 -> z with a query token for each subset: for natural images."""
+
+    kind: Literal["vit"]
+    size: Literal["S", "B", "L"] = "B"
+    """Width 384, 768 or 1024; 12, 12 or 24 blocks."""
+    patch_size_px: PositiveInt = 16
+    latent_dim: PositiveInt = 512
+    """Dimensions of z."""
+
+
 AnyEncoderConfig = Annotated[
-    Annotated[EncoderConfig, Tag("conv")] | Annotated[ResNet10Config, Tag("resnet10")],
+    Annotated[EncoderConfig, Tag("conv")]
+    | Annotated[ResNet10Config, Tag("resnet10")]
+    | Annotated[VitConfig, Tag("vit")],
     kind_or("conv"),
 ]
 

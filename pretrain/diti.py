@@ -40,7 +40,9 @@ class DiTi(nn.Module):
         self.masks = self.partition.masks(self._ddpm_steps())
         self._check_every_subset_is_taught()
         self.latents = backbone.latents
-        self.encoder = make_encoder(task.encoder, image_size_px=image_size_px)
+        self.encoder = make_encoder(
+            task.encoder, image_size_px=image_size_px, dim_ends=self.partition.dim_ends
+        )
         self.decoder = backbone.make_decoder(task.encoder.latent_dim)
         self.clock: Clock = untimed
 

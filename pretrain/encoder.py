@@ -6,22 +6,35 @@ inside `encoder` are those of the published checkpoints.
 Letters: B batch, C channels, H height, W width, D = latent_dim.
 """
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
-from configs.task import AnyEncoderConfig, EncoderConfig
+from configs.task import AnyEncoderConfig, EncoderConfig, VitConfig
 from pretrain.resnet10 import ResNet10
 from pretrain.unet import AttentionBlock, GroupNorm
+from pretrain.vit import VitEncoder
 
 
-def make_encoder(config: AnyEncoderConfig, *, image_size_px: int) -> "Encoder | ResNet10":
+def make_encoder(
+    config: AnyEncoderConfig, *, image_size_px: int, dim_ends: Sequence[int] | None = None
+) -> "AnyEncoder":
     """The encoder that a run describes.
+
+    Args:
+        dim_ends: where the subsets of z end; None for one subset.
 
     Raises:
         ValueError: images of this size do not fit it.
     """
-    if isinstance(config, EncoderConfig):
-        return Encoder(config, image_size_px=image_size_px)
-    return ResNet10()
+    match config:
+        case EncoderConfig():
+            return Encoder(config, image_size_px=image_size_px)
+        case VitConfig():
+            ends = dim_ends or (config.latent_dim,)
+            return VitEncoder(config, image_size_px=image_size_px, dim_ends=ends)
+        case _:
+            return ResNet10()
 
 
 class Encoder(nn.Module):
@@ -55,3 +68,6 @@ class Encoder(nn.Module):
                 f"got shape {tuple(x_BCHW.shape)}"
             )
         return self.encoder(x_BCHW.to(next(self.parameters()).dtype))
+
+
+AnyEncoder = Encoder | ResNet10 | VitEncoder

@@ -23,7 +23,7 @@ from data_pipelines.object_store import ObjectStore, absolute
 from pretrain import checkpoint
 from pretrain.backbone import digest_of_state, shapes_of, state_problems
 from pretrain.diti import DiTi
-from pretrain.encoder import Encoder, make_encoder
+from pretrain.encoder import AnyEncoder, make_encoder
 from pretrain.frozen import load_frozen
 from pretrain.partition import Partition, make_partition
 from pretrain.published import (
@@ -32,7 +32,6 @@ from pretrain.published import (
     PublishedCheckpointError,
     load_authors_checkpoint,
 )
-from pretrain.resnet10 import ResNet10
 from pretrain.shift_decoder import ShiftDecoder
 
 EncoderLoader = Callable[..., "TrainedEncoder"]
@@ -45,7 +44,7 @@ _FILE_ENDINGS = (".pt", ".pth", ".ckpt")
 class TrainedEncoder:
     """An encoder in eval mode, without the backbone it was trained against."""
 
-    encoder: Encoder | ResNet10
+    encoder: AnyEncoder
     partition: Partition
     image_size_px: int
     checkpoint: str
@@ -79,7 +78,10 @@ def load_encoder(
         raise checkpoint.CheckpointError(
             f"{run_url} is a run of kind {task.kind!r}; it trains no encoder"
         )
-    encoder = make_encoder(task.encoder, image_size_px=config.data.image_size_px)
+    partition = _partition_of(task)
+    encoder = make_encoder(
+        task.encoder, image_size_px=config.data.image_size_px, dim_ends=partition.dim_ends
+    )
     state = {
         name.removeprefix("encoder."): tensor
         for name, tensor in checkpoint.read_tensors(store, run_url, manifest, ema=ema).items()
@@ -88,7 +90,7 @@ def load_encoder(
     _load_exactly(encoder, state, run_url)
     return TrainedEncoder(
         encoder=encoder.requires_grad_(False).eval(),
-        partition=_partition_of(task),
+        partition=partition,
         image_size_px=config.data.image_size_px,
         checkpoint=manifest.name,
         step=manifest.step,

@@ -190,7 +190,7 @@ def set_attention(model: nn.Module, kernel: Kernel) -> None:
     """Make every attention block below `model` use this kernel, those of diffusers too."""
     modules: Iterator[Any] = model.modules()
     for module in modules:
-        if isinstance(module, AttentionBlock):
+        if hasattr(module, "kernel"):
             module.kernel = kernel
         elif kernel is xformers_attention and hasattr(module, "processor"):
             module.set_use_memory_efficient_attention_xformers(True)  # diffusers' own is SDPA

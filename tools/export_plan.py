@@ -123,7 +123,8 @@ def _measured_rate(config: RunConfig, task: DitiTask) -> float:
     torch.set_num_threads(1)
     try:
         size = config.data.image_size_px
-        encoder = make_encoder(task.encoder, image_size_px=size).eval()
+        ends = make_partition(task.partition, task.encoder.latent_dim).dim_ends
+        encoder = make_encoder(task.encoder, image_size_px=size, dim_ends=ends).eval()
         images = torch.rand(CPU_BATCH, 3, size, size).contiguous(memory_format=torch.channels_last)
         encoder(images)
         start, done = time.thread_time(), 0

@@ -31,12 +31,13 @@ from data_pipelines.object_store import (
 )
 from pretrain import released_encoder
 from pretrain.backbone import card_of
-from pretrain.encoder import Encoder
+from pretrain.encoder import AnyEncoder
 from pretrain.released_encoder import FORMAT_VERSION, RELEASE_NAME, WEIGHTS_NAME, ReleaseError
 from pretrain.resnet10 import ResNet10
 from pretrain.shard_features import columns_of
 from pretrain.trained import TrainedEncoder
 from pretrain.unet import AttentionBlock
+from pretrain.vit import VitEncoder
 from tools.evaluate_attributes import evaluate_attributes
 from tools.model_card import Measured, make_card
 
@@ -224,8 +225,17 @@ def _describe(trained: TrainedEncoder, *, ema: bool, licence: str | None) -> dic
     }
 
 
-def _architecture(encoder: Encoder | ResNet10) -> dict[str, Any]:
-    """The layers as they are; an authors' file comes without a configuration of ours."""
+def _architecture(encoder: AnyEncoder) -> dict[str, Any]:
+    """The layers as they are; an authors' file comes without a configuration of ours.
+
+    Raises:
+        ValueError: the release's own file cannot compute this encoder.
+    """
+    if isinstance(encoder, VitEncoder):
+        raise ValueError(
+            "an encoder of kind vit cannot be published yet: diti_encoder.py computes conv and "
+            "resnet10; export its features instead"
+        )
     if isinstance(encoder, ResNet10):
         return {"kind": "resnet10"}
     channels: list[int] = []

@@ -41,6 +41,7 @@ MINIMAL: dict[str, dict[str, Any]] = {
     "DiffAeTask": {"kind": "diffae", "unet": {}},
     "PublishedPartition": {"kind": "published"},
     "ResNet10Config": {"kind": "resnet10"},
+    "VitConfig": {"kind": "vit"},
     "TrainConfig": {"total_images": 1000, "global_batch": 10, "checkpoint_every_images": 100},
 }
 MINIMAL["RunConfig"] = {
