@@ -33,11 +33,12 @@ class DiTi(nn.Module):
         self.task = task
         self.image_size_px = image_size_px
         self.partition = make_partition(task.partition, task.encoder.latent_dim)
-        self.schedule = backbone.noise_schedule
         self.prediction: Prediction = backbone.prediction
-        self._check(backbone, image_size_px)
-        self.timesteps = timestep_distribution(task.timesteps, self.schedule)
-        self.masks = self.partition.masks(self._ddpm_steps())
+        with torch.device("cpu"):  # tables hold numbers, also beside weights that have none
+            self.schedule = backbone.noise_schedule
+            self._check(backbone, image_size_px)
+            self.timesteps = timestep_distribution(task.timesteps, self.schedule)
+            self.masks = self.partition.masks(self._ddpm_steps())
         self._check_every_subset_is_taught()
         self.latents = backbone.latents
         self.encoder = make_encoder(
