@@ -1,7 +1,7 @@
 """`python -m tests.cluster.joining_driver FOLDER`: one of several drivers of the same work.
 
 Joins the cluster at RAY_ADDRESS. Each item becomes `FOLDER/parts/<item>.txt`; beside them, a file
-`FOLDER/begun/<worker> <item>` says who has begun it.
+`FOLDER/begun/<worker> <item>` says who has begun it. The second half waits for a file `FOLDER/go`.
 """
 
 import sys
@@ -27,6 +27,8 @@ class Worker:
         def make(item: str) -> None:
             (self.folder / "begun" / f"{name} {item}").touch()
             time.sleep(0.2)
+            while int(item) >= NUM_ITEMS // 2 and not (self.folder / "go").exists():
+                time.sleep(0.05)
             ObjectStore().write(str(self.folder / "parts" / f"{item}.txt"), b"made")
 
         work_off(name, coordinator, make)

@@ -347,6 +347,7 @@ def test_a_driver_that_joins_goes_on_when_the_first_one_is_killed(
     first.send_signal(signal.SIGKILL)
     first.communicate()
     killed_at = time.time()
+    (tmp_path / "go").touch()
     try:
         said, _ = second.communicate(timeout=60)
     finally:
@@ -356,7 +357,7 @@ def test_a_driver_that_joins_goes_on_when_the_first_one_is_killed(
     assert written(parts) == [f"{n:05d}" for n in range(NUM_ITEMS)]
     begun_by = [path.name.split() for path in log.iterdir()]
     times = [item for _, item in begun_by]
-    assert 0 < len(finished) < NUM_ITEMS - 10, "the first one was killed in mid-work"
+    assert 0 < len(finished) <= NUM_ITEMS // 2, "the first one was killed in mid-work"
     assert all(times.count(item) == 1 for item in finished)
     assert len(times) <= NUM_ITEMS + 4, "what was in hand: two workers' each"
     late = [path for path in log.iterdir() if path.stat().st_mtime > killed_at + 2]
