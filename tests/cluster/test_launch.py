@@ -46,6 +46,7 @@ def recording(calls: list[str], function: Callable[..., Any]) -> Callable[..., A
     return record
 
 
+@pytest.mark.faults  # three launches; test_checkpoint has what is damage, and its remedy
 def test_a_damaged_checkpoint_ends_the_run_or_is_set_aside_as_configured(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
