@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
 from data_pipelines import local_files
@@ -215,6 +215,24 @@ class ObjectStore:
             copy = Path(folder, "copy")
             self.download(url, copy)
             yield copy
+
+    @contextmanager
+    def local_folder(self, url: str, endings: tuple[str, ...]) -> Iterator[Path]:
+        """The folder itself when it is local, else a copy of the objects below with these endings.
+
+        Raises StoreError for an object whose name would lead out of the folder.
+        """
+        if (path := _local_path(url)) is not None:
+            yield path
+            return
+        with tempfile.TemporaryDirectory(prefix="diti-") as folder:
+            for info in self.list(url):
+                name = PurePosixPath(info.url.removeprefix(url.rstrip("/") + "/"))
+                if name.is_absolute() or ".." in name.parts:
+                    raise StoreError(f"{info.url} has a name that leads out of {url}; remove it")
+                if name.name.endswith(endings):
+                    self.download(info.url, Path(folder, name))
+            yield Path(folder)
 
     def delete(self, url: str) -> None:
         """Remove the object; a missing one is no error."""

@@ -11,12 +11,10 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -102,22 +100,33 @@ def digest_of_folder(store: ObjectStore, url: str) -> str:
     Raises:
         BackboneError: there is no pipeline, or one with weights in another format only.
     """
-    with _local(store, url) as folder:
+    with store.local_folder(url, _READ) as folder:
         return _digest(_files(folder, url), folder)
 
 
+def unpinned_diffusers(store: ObjectStore, url: str) -> DiffusersBackbone:
+    """The model as it is now, for images of the size that it was made for.
+
+    Raises:
+        BackboneError: as `load_diffusers`, but for the digest.
+    """
+    with store.local_folder(url, _READ) as folder:
+        digest = _digest(_files(folder, url), folder)
+        return _read(folder, url, digest, tail_blocks=1, image_size_px=None)
+
+
 def load_diffusers(
-    store: ObjectStore, config: DiffusersConfig, *, image_size_px: int | None
+    store: ObjectStore, config: DiffusersConfig, *, image_size_px: int
 ) -> DiffusersBackbone:
     """Read, verify and freeze the model that `config` pins.
 
     Args:
-        image_size_px: of the images that it will see; None means those it was made for.
+        image_size_px: of the images that it will see.
 
     Raises:
         BackboneError: another digest, a part that is missing or does not fit, another format.
     """
-    with _local(store, config.folder) as folder:
+    with store.local_folder(config.folder, _READ) as folder:
         digest = _digest(_files(folder, config.folder), folder)
         if digest != config.sha256:
             raise BackboneError(
@@ -125,20 +134,32 @@ def load_diffusers(
                 f"task.backbone.sha256 pins {config.sha256}; use the pinned folder, or pin this "
                 f"one if the change is meant"
             )
-        model = _load(folder, _part(folder, config.folder, ("unet", "transformer")), _DENOISERS)
-        schedule, prediction = _schedule(folder, config.folder)
-        latents = _latents(folder)
-        image_size_px = _checked_size(model, latents, image_size_px)
-        return DiffusersBackbone(
-            model=model,
-            anatomy=anatomy_of(model, config.tail_blocks),
-            noise_schedule=schedule,
-            prediction=prediction,
-            condition=_condition(folder, model, config, image_size_px),
-            latents=latents,
+        return _read(
+            folder,
+            config.folder,
+            digest,
+            tail_blocks=config.tail_blocks,
             image_size_px=image_size_px,
-            sha256=digest,
         )
+
+
+def _read(
+    folder: Path, url: str, digest: str, *, tail_blocks: int, image_size_px: int | None
+) -> DiffusersBackbone:
+    model = _load(folder, _part(folder, url, ("unet", "transformer")), _DENOISERS)
+    schedule, prediction = _schedule(folder, url)
+    latents = _latents(folder)
+    size = _checked_size(model, latents, image_size_px)
+    return DiffusersBackbone(
+        model=model,
+        anatomy=anatomy_of(model, tail_blocks),
+        noise_schedule=schedule,
+        prediction=prediction,
+        condition=_condition(folder, model, size),
+        latents=latents,
+        image_size_px=size,
+        sha256=digest,
+    )
 
 
 def _checked_size(model: Any, latents: Latents | None, image_size_px: int | None) -> int:
@@ -199,22 +220,6 @@ def _anatomy_of_unet(model: Any) -> Anatomy:
     ]
     width = model.time_embedding.linear_2.out_features
     return Anatomy((*front, "conv_in", *down), tuple(steered), "conv_out", width)
-
-
-@contextmanager
-def _local(store: ObjectStore, url: str) -> Iterator[Path]:
-    """The folder itself where it is local; else a copy of what may be read, for as long as that."""
-    if "://" not in url:
-        yield Path(url)
-        return
-    with TemporaryDirectory(prefix="diti-backbone-") as copy:
-        for info in store.list(url):
-            name = info.url.removeprefix(url.rstrip("/") + "/")
-            if name.endswith(_READ):
-                target = Path(copy, name)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                store.download(info.url, target)
-        yield Path(copy)
 
 
 def _files(folder: Path, url: str) -> list[str]:
@@ -319,9 +324,7 @@ def _latents(folder: Path) -> Latents | None:
     )
 
 
-def _condition(
-    folder: Path, model: Any, config: DiffusersConfig, image_size_px: int
-) -> dict[str, Any]:
+def _condition(folder: Path, model: Any, image_size_px: int) -> dict[str, Any]:
     """What the model is told of every image: nothing, in its pipeline's own words for it."""
     classes = getattr(model.config, "num_embeds_ada_norm", None)
     if classes is not None:  # one more than the classes is the null class

@@ -6,11 +6,11 @@ Letters: B batch, C channels, H height, W width, D = latent_dim, K subsets, T ti
 import torch
 from torch import Tensor, nn
 
-from configs.task import DitiTask, ScheduleConfig
+from configs.task import DitiTask
 from pretrain.copied_tail import TailPass
 from pretrain.encoder import make_encoder
 from pretrain.frozen import Frozen
-from pretrain.noise_schedule import Prediction, make_schedule, steps_of_same_noise
+from pretrain.noise_schedule import Prediction, ddpm_schedule, steps_of_same_noise
 from pretrain.objective import conditions, diti_loss, shifted_estimate
 from pretrain.partition import make_partition
 from pretrain.shift_decoder import FrozenPass
@@ -62,8 +62,7 @@ class DiTi(nn.Module):
 
     def _ddpm_steps(self) -> Tensor:
         """Partitions are written in steps of the DDPM's schedule, and lie where the noise does."""
-        ddpm = make_schedule(ScheduleConfig(num_timesteps=self.schedule.num_timesteps))
-        return steps_of_same_noise(self.schedule, ddpm)
+        return steps_of_same_noise(self.schedule, ddpm_schedule(self.schedule.num_timesteps))
 
     def _check(self, backbone: Frozen, image_size_px: int) -> None:
         if self.partition.num_timesteps != self.schedule.num_timesteps:

@@ -114,6 +114,11 @@ def make_schedule(config: ScheduleConfig) -> NoiseSchedule:
     return NoiseSchedule(alpha_T, alpha_bar_T, torch.cat([torch.ones(1), alpha_bar_T[:-1]]))
 
 
+def ddpm_schedule(num_timesteps: int) -> NoiseSchedule:
+    """The one in whose steps partitions and edges are written."""
+    return make_schedule(ScheduleConfig(num_timesteps=num_timesteps))
+
+
 def schedule_of(alpha_bar_T: Tensor) -> NoiseSchedule:
     """The schedule with these alpha-bar; float32 (T,), falling, between 0 and 1."""
     before = torch.cat([torch.ones(1), alpha_bar_T[:-1]])

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from configs.task import ScheduleConfig, TimestepsConfig
-from pretrain.noise_schedule import NoiseSchedule, make_schedule
+from configs.task import TimestepsConfig
+from pretrain.noise_schedule import NoiseSchedule, ddpm_schedule
 
 Floats = NDArray[np.float64]
 
@@ -76,7 +76,7 @@ def timestep_distribution(config: TimestepsConfig, schedule: NoiseSchedule) -> T
 def _ddpm_cells(schedule: NoiseSchedule) -> Floats:
     """Rising bounds of the time-steps' cells in steps of the DDPM's schedule; float64 (T + 1,)."""
     T = schedule.num_timesteps
-    ddpm = make_schedule(ScheduleConfig(num_timesteps=T))
+    ddpm = ddpm_schedule(T)
     if torch.equal(schedule.alpha_bar_T.cpu(), ddpm.alpha_bar_T):
         return np.arange(T + 1.0)
     return np.interp(-_log_snr_cells(schedule), -_log_snr_cells(ddpm), np.arange(T + 1.0))

@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from configs.schema import RunConfig
-from configs.task import BackboneConfig, DenoiserTask, DiffusersConfig
+from configs.task import BackboneConfig, DenoiserTask
 from data_pipelines.object_store import ObjectStore, join
 from pretrain import checkpoint
 from pretrain.backbone import load_backbone, pin_backbone, save_backbone
-from pretrain.diffusers_backbone import MODEL_INDEX, digest_of_folder, load_diffusers
-from pretrain.noise_schedule import make_schedule
+from pretrain.diffusers_backbone import MODEL_INDEX, unpinned_diffusers
 from pretrain.preflight import open_store, run_url
 from pretrain.published import (
     KIND_NAMES,
@@ -200,15 +199,13 @@ def _inspect_backbone(store: ObjectStore, url: str) -> dict[str, Any]:
 
 def _inspect_pipeline(store: ObjectStore, url: str) -> dict[str, Any]:
     """A folder of diffusers, whose digest a run file pins."""
-    digest = digest_of_folder(store, url)
-    config = DiffusersConfig(kind="diffusers", folder=url, sha256=digest, tail_blocks=1)
-    backbone = load_diffusers(store, config, image_size_px=None)
+    backbone = unpinned_diffusers(store, url)
     latents = backbone.latents
     parts = {"backbone": backbone.model} | ({"vae": latents.vae} if latents else {})
     log_snr = backbone.noise_schedule.log_snr_T
     return {
         "file": url,
-        "sha256": digest,
+        "sha256": backbone.sha256,
         "kind": "backbone",
         "image_size_px": backbone.image_size_px,
         "prediction": backbone.prediction,
@@ -239,7 +236,7 @@ def sample_sheet(weights: str, count: int, on_step: Callable[[int], None]) -> by
     rows = -(-count // COLUMNS)
     grid = backbone_samples(
         backbone.unet,
-        make_schedule(backbone.schedule),
+        backbone.noise_schedule,
         backbone.prediction,
         count=rows * COLUMNS,
         size_px=backbone.image_size_px,

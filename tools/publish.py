@@ -273,7 +273,7 @@ def _backbone_card(store: ObjectStore, trained: TrainedEncoder) -> dict[str, Any
     A backbone may be moved once the training is over; that is no reason not to publish.
     """
     task = trained.config.get("task")
-    if task is None:  # an authors' file
+    if task is None or "weights" not in task["backbone"]:  # an authors' file, or diffusers'
         return {}
     try:
         card = card_of(store, task["backbone"]["weights"])

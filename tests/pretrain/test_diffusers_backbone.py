@@ -13,7 +13,12 @@ from safetensors.torch import load_file, save_file
 from configs.task import DiffusersConfig, ScheduleConfig
 from data_pipelines.object_store import ObjectStore, join
 from pretrain.backbone import BackboneError
-from pretrain.diffusers_backbone import DiffusersBackbone, digest_of_folder, load_diffusers
+from pretrain.diffusers_backbone import (
+    DiffusersBackbone,
+    digest_of_folder,
+    load_diffusers,
+    unpinned_diffusers,
+)
 from pretrain.noise_schedule import (
     flow_schedule,
     make_schedule,
@@ -224,4 +229,4 @@ def test_a_size_that_the_model_cannot_take_is_refused(tmp_path, kind, size, says
     )
     with pytest.raises(BackboneError, match=says):
         load_diffusers(STORE, config, image_size_px=size)
-    assert load_diffusers(STORE, config, image_size_px=None).image_size_px == 16
+    assert unpinned_diffusers(STORE, url).image_size_px == 16
