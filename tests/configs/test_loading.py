@@ -211,7 +211,7 @@ def test_an_unknown_kind_of_task_is_answered_with_the_known_ones_and_hides_nothi
     assert f"task.kind = 'dity': must be one of {known}" in found
     assert len(found) == 2
     (problem,) = problems_of(MINIMAL, "task.encoder.kind=resnet18")
-    assert problem == "task.encoder.kind = 'resnet18': must be one of 'conv', 'resnet10'"
+    assert problem == "task.encoder.kind = 'resnet18': must be one of 'conv', 'resnet10', 'vit'"
     (problem,) = problems_of(MINIMAL, "task.encoder={kind: resnet10, channels: [32]}")
     assert problem == "task.encoder.channels: unknown key; valid keys are ['kind', 'latent_dim']"
     assert problems_of(MINIMAL, "task={}") == ("task.kind: is required but missing",)

@@ -91,6 +91,7 @@ def endless_run(tmp_path: Path) -> tuple[RunConfig, str]:
     return run, str(tmp_path / "runs" / "tiny")
 
 
+@pytest.mark.faults
 def test_a_run_interrupted_on_relative_paths_leaves_no_process_and_resumes(tmp_path: Path) -> None:
     run, folder = endless_run(tmp_path)
     process = start(tmp_path, *RELATIVE)

@@ -32,9 +32,8 @@ def at(config: RunConfig, workers: int, zero_stage: int, *, offload: bool = Fals
     )
 
 
-@pytest.mark.parametrize(
-    "shared", ["partitioned", pytest.param("offloaded", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("shared", ["partitioned", "offloaded"])
 def test_ranks_that_share_the_backbone_take_the_steps_of_those_that_each_have_it(
     tmp_path: Path, shared: str
 ) -> None:
