@@ -1,9 +1,7 @@
 """A task on each of many files of a folder, on Ray actors that lease them from the coordinator."""
 
-import mmap
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -14,7 +12,6 @@ from cluster.leases import QueueState
 from cluster.session import last_line, ray_session
 from cluster.work import run_workers, work_off
 from data_pipelines.object_store import ObjectStore, StoreError
-from data_pipelines.tar_members import Tar
 
 Task = Callable[[ObjectStore, str, str], Any]
 """(store, folder URL, name of a file) to a result that Ray can send."""
@@ -31,18 +28,24 @@ def on_each(
     num_workers: int,
     task: Task,
     on_progress: Callable[[QueueState], None],
+    marks: tuple[str, str] | None = None,
 ) -> dict[str, Any]:
     """The task's result for each file below `url`, by name.
+
+    Args:
+        marks: a folder's URL and an ending, where the task leaves an object `NAME + ending` as the
+            last thing it does. Names that have one are done; then nothing is returned.
 
     Raises:
         BatchFailedError: the store or Ray failed.
     """
+    work = Work(tuple(names), *(marks or ()))
     with ray_session(num_cpus=num_workers):
         actor: Any = ray.remote(num_cpus=1, max_restarts=3, max_task_retries=3)(_Worker)
         workers = [actor.remote(store, url, task) for _ in range(min(num_workers, len(names)))]
         try:
             state, results = run_workers(
-                f"batch-{uuid.uuid4().hex[:8]}", store, Work(tuple(names)), workers, on_progress
+                f"batch-{uuid.uuid4().hex[:8]}", store, work, workers, on_progress
             )
         except (StoreError, RayError) as error:
             raise BatchFailedError(
@@ -64,14 +67,3 @@ class _Worker:
 
     def work(self, name: str, coordinator: NamedCoordinator) -> None:
         work_off(name, coordinator, lambda item: self._task(self._store, self._url, item))
-
-
-@contextmanager
-def mapped(store: ObjectStore, url: str) -> Iterator[Tar]:
-    """A tar's bytes, however large: mapped from a local copy, not held in memory."""
-    with store.local_copy(url) as path, path.open("rb") as file:
-        if not path.stat().st_size:
-            yield b""
-            return
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as tar:
-            yield tar

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from cluster.batch import mapped, on_each
+from cluster.batch import on_each
 from cluster.leases import QueueState
 from data_pipelines.decoding import DecodeError
 from data_pipelines.object_store import (
@@ -144,7 +144,7 @@ def _index_one(store: ObjectStore, url: str, name: str) -> Indexed:
     if (known := _known_line(store, url, name, info)) is not None:
         return known
     try:
-        with mapped(store, info.url) as tar:
+        with store.mapped(info.url) as tar:
             return _indexed(*index_shard(store, url, name, tar, info.etag))
     except ShardMismatchError as error:
         return Indexed(None, problem=str(error))
@@ -170,13 +170,13 @@ def _verify_one(
 ) -> tuple[str, int]:
     """What is wrong with one tar, byte for byte ("" for nothing); its interleaved samples."""
     if (shard := shards.get(name)) is None:
-        with mapped(store, join(url, name)) as tar:
+        with store.mapped(join(url, name)) as tar:
             return f"is not in the index: {_why_unindexed(tar, join(url, name))}", 0
     try:
         table = read_members(store, shard)
     except (ShardMismatchError, ObjectMissingError) as error:
         return f"has no usable member table ({error})", 0
-    with mapped(store, join(url, name)) as tar:
+    with store.mapped(join(url, name)) as tar:
         if hashlib.sha256(tar).hexdigest() == shard.sha256:
             return _undecodable(table, tar, shard), table.num_interleaved
         try:

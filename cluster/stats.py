@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
-from cluster.batch import mapped, on_each
+from cluster.batch import on_each
 from cluster.leases import QueueState
 from data_pipelines.object_store import ObjectStore, absolute
 from data_pipelines.sample_reader import member_sample
@@ -36,7 +36,7 @@ def count_set(
 def _count_one(shards: dict[str, Shard], store: ObjectStore, url: str, name: str) -> SetStats:
     shard = shards[name]
     table, stats = read_members(store, shard), SetStats()
-    with mapped(store, shard.url) as tar:
+    with store.mapped(shard.url) as tar:
         for row in range(shard.num_samples):
             stats.add(member_sample(table, row, shard.url, tar, 0, table.extensions))
     return stats

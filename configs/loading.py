@@ -1,4 +1,4 @@
-"""A run file and `key.path=value` overrides -> one frozen `RunConfig`, or one error.
+"""A run file and `key.path=value` overrides -> one frozen value, or one error.
 
 The error lists every problem at once, each with its dotted path, the value seen and what is wrong.
 YAML is read by version 1.2's rules: `1e-4` is a number, `on` is a string, a duplicate key is an
@@ -12,14 +12,17 @@ import re
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 from yaml.composer import ComposerError
 
+from configs.preprocess import PreprocessConfig
 from configs.schema import RunConfig
+
+Config = TypeVar("Config", RunConfig, PreprocessConfig)
 
 
 class ConfigError(ValueError):
@@ -103,22 +106,34 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: with every problem found.
     """
+    return parse_run(_text_of(path), overrides, source=str(path))
+
+
+def load_preprocess(path: Path, overrides: Sequence[str] = ()) -> PreprocessConfig:
+    """The same for a file of preprocessing."""
+    return _parse(PreprocessConfig, _text_of(path), overrides, source=str(path))
+
+
+def _text_of(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(str(path), [f"cannot be read: {error}"]) from error
-    return parse_run(text, overrides, source=str(path))
 
 
 def parse_run(text: str, overrides: Sequence[str] = (), *, source: str = "<text>") -> RunConfig:
     """The same for YAML text; `source` names it in errors."""
+    return _parse(RunConfig, text, overrides, source=source)
+
+
+def _parse(kind: type[Config], text: str, overrides: Sequence[str], *, source: str) -> Config:
     data = _parse_mapping(text, source)
     problems = [problem for item in overrides if (problem := _apply_override(data, item))]
     config = None
     try:
-        config = RunConfig.model_validate_json(json.dumps(data))
+        config = kind.model_validate_json(json.dumps(data))
     except ValidationError as error:
-        problems += problems_of(error)
+        problems += problems_of(error, kind)
     except (TypeError, ValueError) as error:
         problems.append(f"holds something JSON cannot: {error}")
     if problems or config is None:
@@ -187,24 +202,24 @@ def _apply_override(data: dict[str, Any], item: str) -> str | None:
     return None
 
 
-def problems_of(error: ValidationError) -> list[str]:
+def problems_of(error: ValidationError, kind: type[BaseModel]) -> list[str]:
     """One line per problem: dotted path, value seen, rule."""
-    return [_describe(details) for details in error.errors()]
+    return [_describe(details, kind) for details in error.errors()]
 
 
-def _describe(details: ErrorDetails) -> str:
+def _describe(details: ErrorDetails, kind: type[BaseModel]) -> str:
     """`dotted.path = value: what is wrong`."""
     dotted = ".".join(str(part) for part in _without_tags(details["loc"])) or "run"
     match details["type"]:
         case "extra_forbidden":
-            return f"{dotted}: unknown key{_nearest(details['loc'])}"
+            return f"{dotted}: unknown key{_nearest(details['loc'], kind)}"
         case "union_tag_invalid":
             context = details.get("ctx", {})
             return f"{dotted}.kind = {context['tag']!r}: must be one of {context['expected_tags']}"
         case "union_tag_not_found":
             return f"{dotted}.kind: is required but missing"
         case "missing":
-            needed = " ".join(f"{path}=..." for path in _required_below(details["loc"]))
+            needed = " ".join(f"{path}=..." for path in _required_below(details["loc"], kind))
             return f"{dotted}: is required but missing; give {needed}"
         case "string_type" if isinstance(details["input"], int | float):
             return (
@@ -223,18 +238,18 @@ def _without_tags(location: tuple[int | str, ...]) -> list[int | str]:
     return [part for before, part in pairwise(("", *location)) if before not in unions]
 
 
-def _nearest(location: tuple[int | str, ...]) -> str:
-    names = list(_field_names(RunConfig, location[:-1]))
+def _nearest(location: tuple[int | str, ...], kind: type[BaseModel]) -> str:
+    names = list(_field_names(kind, location[:-1]))
     close = difflib.get_close_matches(str(location[-1]), names, n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else f"; valid keys are {sorted(names)}"
 
 
-def _required_below(location: tuple[int | str, ...]) -> list[str]:
+def _required_below(location: tuple[int | str, ...], kind: type[BaseModel]) -> list[str]:
     """Dotted paths of what a missing value, or a missing section, cannot do without."""
     dotted = ".".join(str(part) for part in _without_tags(location))
     if isinstance(location[-1], int):  # of a list that is too short
         return [dotted]
-    [parent] = _sections_at(RunConfig, location[:-1])
+    [parent] = _sections_at(kind, location[:-1])
     sections = _sections_in(parent.model_fields[str(location[-1])].annotation)
     match [section for section in sections if not _must_be_told(section)]:
         case [section]:

@@ -3,6 +3,8 @@
 import io
 import math
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import simplejpeg
@@ -45,6 +47,24 @@ def decode_image(data: bytes, size_px: int) -> NDArray[np.uint8]:
     out = np.empty((size_px, size_px, 3), np.uint8)
     decode_image_into(out, data, place=0.5)
     return out
+
+
+def image_size(data: bytes) -> tuple[int, int]:
+    """Width and height as the file claims them, without decoding; before it is turned upright.
+
+    Raises:
+        DecodeError: not an image, or more than MAX_PIXELS.
+    """
+    if data[:2] == b"\xff\xd8":
+        try:
+            height, width = (int(side) for side in simplejpeg.decode_jpeg_header(data)[:2])
+        except ValueError as error:
+            raise DecodeError(f"damaged JPEG of {len(data)} bytes: {error}") from error
+        _check_size(width, height)
+        return width, height
+    with _opened(data) as image:
+        _check_size(*image.size)
+        return image.size
 
 
 def decode_whole(data: bytes) -> NDArray[np.uint8]:
@@ -148,13 +168,20 @@ def _decode_jpeg(
 
 
 def _decode_other(data: bytes) -> NDArray[np.uint8]:
+    with _opened(data) as image:
+        _check_size(*image.size)
+        if image.mode == "I;16":  # Pillow clips 16-bit grey to white instead of scaling it
+            grey = (np.asarray(image) >> 8).astype(np.uint8)
+            return np.repeat(grey[:, :, None], 3, axis=2)
+        return np.asarray(image.convert("RGB"))
+
+
+@contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    """An image that is no JPEG; whatever goes wrong with it in the block is a DecodeError."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            _check_size(*image.size)
-            if image.mode == "I;16":  # Pillow clips 16-bit grey to white instead of scaling it
-                grey = (np.asarray(image) >> 8).astype(np.uint8)
-                return np.repeat(grey[:, :, None], 3, axis=2)
-            return np.asarray(image.convert("RGB"))
+            yield image
     except DecodeError:
         raise
     except UnidentifiedImageError as error:

@@ -9,6 +9,7 @@ is never stale.
 """
 
 import io
+import mmap
 import os
 import re
 import shutil
@@ -215,6 +216,16 @@ class ObjectStore:
             copy = Path(folder, "copy")
             self.download(url, copy)
             yield copy
+
+    @contextmanager
+    def mapped(self, url: str) -> Iterator[bytes | mmap.mmap]:
+        """The object's bytes, however many: mapped from a local copy, not held in memory."""
+        with self.local_copy(url) as path, path.open("rb") as file:
+            if not path.stat().st_size:
+                yield b""
+                return
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                yield content
 
     @contextmanager
     def local_folder(self, url: str, endings: tuple[str, ...]) -> Iterator[Path]:

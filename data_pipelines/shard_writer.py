@@ -2,8 +2,8 @@
 
 import io
 import json
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, BinaryIO
 
 from webdataset.writer import TarWriter
 
@@ -47,9 +47,28 @@ def write_keyed_shard(
     samples: Iterable[tuple[str, str, bytes, dict[str, Any]]],
 ) -> Shard:
     """The same from (key, extension of the image, its bytes, metadata)."""
+    described = (
+        (key, {extension: image, "json": json.dumps({"key": key, **metadata}, sort_keys=True)})
+        for key, extension, image, metadata in samples
+    )
+    return write_members(store, url, number, described)
+
+
+def write_members(
+    store: ObjectStore,
+    url: str,
+    number: int,
+    samples: Iterable[tuple[str, Mapping[str, bytes | str]]],
+) -> Shard:
+    """The same from (key, members by extension)."""
     buffer = io.BytesIO()
-    with TarWriter(buffer, encoder=False, mtime=0, user="diti", group="diti") as tar:
-        for key, extension, image, metadata in samples:
-            described = json.dumps({"key": key, **metadata}, sort_keys=True).encode()
-            tar.write({"__key__": key, extension: image, "json": described})
+    write_tar(buffer, samples)
     return publish_shard(store, url, shard_name(number), buffer.getvalue())
+
+
+def write_tar(file: BinaryIO, samples: Iterable[tuple[str, Mapping[str, bytes | str]]]) -> None:
+    """A tar of these samples, the same bytes whoever writes it."""
+    with TarWriter(file, encoder=False, mtime=0, user="diti", group="diti") as tar:
+        for key, members in samples:
+            data = {name: m.encode() if isinstance(m, str) else m for name, m in members.items()}
+            tar.write({"__key__": key, **data})

@@ -379,7 +379,8 @@ def run_of(manifest: Manifest) -> RunConfig:
     except ValidationError as error:
         raise CheckpointError(
             f"the configuration in the manifest of checkpoint {manifest.name} cannot be used: "
-            f"{'; '.join(problems_of(error))}. Use another checkpoint, or its own version."
+            f"{'; '.join(problems_of(error, RunConfig))}. Use another checkpoint, or its own "
+            f"version."
         ) from error
 
 

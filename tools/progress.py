@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -97,6 +97,24 @@ def shard_bar(label: str) -> Iterator[Callable[[QueueState], None]]:
 
         def show(state: QueueState) -> None:
             update(_share_done(state), f"{counted(state.done, 'shard')} done")
+
+        yield show
+
+
+@contextmanager
+def pass_bars(labels: Mapping[str, str]) -> Iterator[Callable[[str, QueueState], None]]:
+    """A bar for each pass of batch work, one after the other; takes a pass and its queue's state.
+
+    `labels` say by the name of a pass what it does.
+    """
+    with ExitStack() as open_bar:
+        bars: dict[str, Callable[[QueueState], None]] = {}
+
+        def show(name: str, state: QueueState) -> None:
+            if name not in bars:
+                open_bar.close()
+                bars[name] = open_bar.enter_context(shard_bar(labels[name]))
+            bars[name](state)
 
         yield show
 

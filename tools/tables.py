@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from cluster.features import FeaturesDiff
     from data_pipelines.feature_store import FeatureManifest
     from data_pipelines.set_stats import SetStats
+    from data_pipelines.verdicts import Audit
     from pretrain.replay import Replayed
     from tools.export_plan import ExportOutlook
     from tools.plan import Outlook
@@ -172,6 +173,27 @@ def print_set_stats(stats: SetStats) -> None:
     Console().print(table)
     for what, count in (*stats.members.most_common(), *stats.problems.most_common()):
         typer.echo(f"{what}: {counted(count, 'sample')} ({count / stats.samples:.1%})")
+
+
+def print_audit(audit: Audit) -> None:
+    """What became of every raw sample; the lines add up to the first one."""
+    table = Table("samples", "", "share", show_header=False, box=None)
+
+    def row(what: str, count: int) -> None:
+        table.add_row(what, f"{count:,}", f"{count / max(1, audit.samples):.1%}")
+
+    row(f"samples in {counted(audit.tars - len(audit.unreadable), 'tar')}", audit.samples)
+    for kind, counts in (
+        ("filtered by", audit.filtered),
+        ("failed:", audit.failed),
+        ("duplicate:", audit.duplicates),
+    ):
+        for why, count in counts.most_common():
+            row(f"  {kind} {why}", count)
+    row("  kept", audit.kept)
+    Console().print(table)
+    for name, problem in audit.unreadable.items():
+        typer.echo(f"not read, its samples are not counted: {name}: {problem}")
 
 
 def print_contents(found: dict[str, Any]) -> None:

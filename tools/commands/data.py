@@ -1,5 +1,6 @@
 """Verbs over shard sets."""
 
+import json
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -7,9 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from tools.commands import make
-from tools.commands.options import check_out_file, not_empty
+from tools.commands.options import AsJson, Overrides, check_out_file, not_empty
 from tools.commands.outcome import clear_errors
-from tools.tables import counted, print_set_stats, size_of
+from tools.tables import counted, print_audit, print_set_stats, size_of
 
 CORES = os.cpu_count() or 1
 app = typer.Typer(
@@ -23,6 +24,39 @@ ShardSet = Annotated[
     str, typer.Argument(callback=not_empty, help="Folder of a shard set with its index.")
 ]
 Workers = Annotated[int, typer.Option(min=1, help="Ray actors, one core each.")]
+
+
+@app.command()
+def preprocess(
+    config_file: Annotated[
+        Path, typer.Argument(metavar="CONFIG.YAML", help="From where, to where, and what stays.")
+    ],
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make training shards of img2dataset's output: filtered, without duplicates, resized, mixed.
+
+    Every sample is accounted for: it stays, or a rule, a duplicate or a fault is named. Run it
+    again to go on; the result does not depend on how often it was stopped, or on the workers.
+
+    Example: diti data preprocess configs/shards/laion.yaml raw=s3://bucket/raw
+    out=s3://bucket/train
+    """
+    with clear_errors(goes_on=True):
+        from configs.loading import load_preprocess
+
+        config = load_preprocess(config_file, tuple(overrides or ()))
+        from cluster.preprocess import preprocess as run
+        from data_pipelines.object_store import ObjectStore
+        from tools.progress import pass_bars
+
+        with pass_bars({"screen_tar": "screening", "mix_group": "mixing"}) as show:
+            found, audit = run(ObjectStore(**config.store.model_dump()), config, on_progress=show)
+        if as_json:
+            typer.echo(json.dumps({"index": found.digest, **audit.to_json()}))
+            return
+        print_audit(audit)
+        typer.echo(f"{size_of(found)} at {config.out}, index {found.digest[:12]}")
 
 
 @app.command()
