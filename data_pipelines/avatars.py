@@ -140,6 +140,15 @@ def draw_avatar(spec: AvatarSpec, row: int) -> AvatarSample:
     With ``spec.correlate``, it is the plain spec's face of this row, except for the features behind
     the second attribute where that attribute had to change. Raises ValueError for a negative row.
     """
+    svg, metadata = avatar_svg(spec, row)
+    return AvatarSample(key=str(row), jpeg=jpeg_of_svg(svg, spec.size_px), metadata=metadata)
+
+
+def avatar_svg(spec: AvatarSpec, row: int) -> tuple[str, dict[str, Any]]:
+    """The same sample before it is made of pixels: its SVG of 128 x 128 units, and its metadata.
+
+    Raises ValueError for a negative row.
+    """
     if row < 0:
         raise ValueError(f"Avatar rows are numbered from 0; got row {row}.")
     seed = _seed_string(spec, row)
@@ -149,7 +158,7 @@ def draw_avatar(spec: AvatarSpec, row: int) -> AvatarSample:
     metadata = _metadata(spec, seed, used)
     if spec.pairs is not None:
         metadata["pair"] = {"attribute": spec.pairs, "index": row // 2, "other_row": row ^ 1}
-    return AvatarSample(key=str(row), jpeg=jpeg_of_svg(svg, spec.size_px), metadata=metadata)
+    return svg, metadata
 
 
 def _check_choice(field: str, value: object, valid: Collection[object]) -> None:

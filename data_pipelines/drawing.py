@@ -30,10 +30,13 @@ def pick(weights: Mapping[str, int], place: float) -> str:
 def jpeg_of_svg(svg: str, size_px: int) -> bytes:
     """An opaque SVG as a square JPEG of quality 95, 4:4:4: fine detail is one pixel wide."""
     # Straight to the final size: drawing at 2x or 4x and averaging made the avatars' mouths paler.
-    png = resvg_py.svg_to_bytes(
-        svg_string=svg, width=size_px, height=size_px, skip_system_fonts=True
-    )
-    return jpeg_of(np.asarray(Image.open(io.BytesIO(bytes(png))).convert("RGB")))
+    return jpeg_of(np.asarray(image_of_svg(svg, size_px, size_px).convert("RGB")))
+
+
+def image_of_svg(svg: str, width: int, height: int) -> Image.Image:
+    """An SVG drawn to that many pixels; RGBA."""
+    png = resvg_py.svg_to_bytes(svg_string=svg, width=width, height=height, skip_system_fonts=True)
+    return Image.open(io.BytesIO(bytes(png))).convert("RGBA")
 
 
 def jpeg_of(pixels_HWC: NDArray[np.uint8]) -> bytes:

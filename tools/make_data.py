@@ -4,6 +4,7 @@ import math
 import os
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -11,21 +12,25 @@ from functools import partial
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
 from pathlib import Path
+from typing import Any, TypeVar
 
 from data_pipelines.avatars import AvatarSpec, draw_avatar
 from data_pipelines.emoji import EmojiSpec, draw_emoji
 from data_pipelines.emoji_art import load_art
 from data_pipelines.image_import import BadImagesError, FolderShard, import_images
+from data_pipelines.laion_like import SCHEMA, LaionSpec, draw_row
 from data_pipelines.object_store import AlreadyExistsError, ObjectStore, join
 from data_pipelines.shard_index import INDEX_NAME, Shard, ShardIndex, write_index
 from data_pipelines.shard_writer import (
     ROWS_PER_SHARD_LIMIT,
     shard_name,
     write_keyed_shard,
+    write_raw_shard,
     write_shard,
 )
 
-WriteShard = Callable[[ObjectStore, str, int], Shard]
+T = TypeVar("T")
+WriteShard = Callable[[ObjectStore, str, int], T]
 """Writes the shard of that number below that URL. It must be picklable: it goes to a process."""
 OnShard = Callable[[int], None]
 
@@ -96,8 +101,37 @@ def import_folder(
     return write_set(writers, store, url, workers=workers, on_shard=on_shard)
 
 
+def make_laion_like(
+    spec: LaionSpec,
+    count: int,
+    store: ObjectStore,
+    url: str,
+    *,
+    workers: int,
+    on_shard: OnShard = lambda images: None,
+) -> Counter[str]:
+    """Write `count` rows below `url` as img2dataset does; how many rows have each fault, "" none.
+
+    Such a set is raw: there is no index, and an attempt that was interrupted cannot be told from a
+    smaller set, so it is not gone on with.
+
+    Raises:
+        ValueError: count is not positive.
+        AlreadyExistsError: there are tars at `url`.
+    """
+    parts = _parts_of(count, spec.rows_per_shard)
+    if tars := _tars_at(store, url):
+        raise AlreadyExistsError(
+            f"{url} holds {len(tars)} tars already, first {tars[0]}; delete that folder, or choose "
+            f"another one"
+        )
+    shards = [partial(_write_laion_like, spec, rows) for rows in parts]
+    written = _write_all(shards, store, url, workers, lambda rows: on_shard(rows.total()))
+    return sum(written, Counter[str]())
+
+
 def write_set(
-    shards: Sequence[WriteShard],
+    shards: Sequence[WriteShard[Shard]],
     store: ObjectStore,
     url: str,
     *,
@@ -113,7 +147,23 @@ def write_set(
         AlreadyExistsError: there is a shard set at `url`; sets are not overwritten.
     """
     _check_vacant(store, url, len(shards))
-    written: dict[int, Shard] = {}
+    written = _write_all(shards, store, url, workers, lambda shard: on_shard(shard.num_samples))
+    return write_index(store, url, written)
+
+
+def _write_all(
+    shards: Sequence[WriteShard[T]],
+    store: ObjectStore,
+    url: str,
+    workers: int,
+    on_written: Callable[[T], None],
+) -> list[T]:
+    """What the writers return, in the order of the shards.
+
+    Raises:
+        BadImagesError: from all the shards together.
+    """
+    written: dict[int, T] = {}
     problems: list[str] = []
     # Fresh processes: the store's client must not be forked.
     context = get_context("spawn")
@@ -130,13 +180,13 @@ def write_set(
                 except BadImagesError as error:  # the others are looked at, to name all at once
                     problems += error.problems
                 else:
-                    on_shard(task.result().num_samples)
+                    on_written(task.result())
         except BaseException:  # Ctrl-C too: what has not begun is not begun any more
             pool.shutdown(cancel_futures=True)
             raise
     if problems:
         raise BadImagesError(sorted(problems))
-    return write_index(store, url, [written[number] for number in range(len(shards))])
+    return [written[number] for number in range(len(shards))]
 
 
 def _parts_of(count: int, rows_per_shard: int) -> list[range]:
@@ -158,12 +208,15 @@ def _check_vacant(store: ObjectStore, url: str, num_shards: int) -> None:
             f"{url} holds a shard set already; delete that folder, or choose another one"
         )
     names = {join(url, shard_name(number)) for number in range(num_shards)}
-    found = [info.url for info in store.list(url) if info.url.endswith(".tar")]
-    if strangers := sorted(set(found) - names):
+    if strangers := sorted(set(_tars_at(store, url)) - names):
         raise AlreadyExistsError(
             f"{url} holds {len(strangers)} tars that would not belong to this set, first "
             f"{strangers[0]}; delete that folder, or choose another one"
         )
+
+
+def _tars_at(store: ObjectStore, url: str) -> list[str]:
+    return [info.url for info in store.list(url) if info.url.endswith(".tar")]
 
 
 def _end_with_parent() -> None:
@@ -205,3 +258,18 @@ def _write_emoji(
 
 def _write_images(shard: FolderShard, store: ObjectStore, url: str, number: int) -> Shard:
     return write_keyed_shard(store, url, number, import_images(shard))
+
+
+def _write_laion_like(
+    spec: LaionSpec, rows: range, store: ObjectStore, url: str, number: int
+) -> Counter[str]:
+    faults = Counter[str]()
+
+    def drawn() -> Iterator[tuple[str, dict[str, bytes], dict[str, Any]]]:
+        for row in rows:
+            one = draw_row(spec, row)
+            faults[one.columns["fault"]] += 1
+            yield one.key, one.members, one.columns
+
+    write_raw_shard(store, url, number, drawn(), SCHEMA)
+    return faults

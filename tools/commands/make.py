@@ -1,4 +1,4 @@
-"""`diti data make`: the built-in data sets, and folders of images."""
+"""`diti data make`: the built-in data sets, raw or ready, and folders of images."""
 
 import os
 from pathlib import Path
@@ -135,6 +135,38 @@ def emoji(
                 on_shard=advance,
             )
         typer.echo(f"{size_of(index)} at {out}, index {index.digest[:12]}")
+
+
+@app.command("laion-like")
+def laion_like(
+    out: Out,
+    count: Count,
+    faults: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of rows with a fault, all kinds alike.")
+    ] = 0.1,
+    seed: Annotated[int, typer.Option(help="Other seeds, other images.")] = 0,
+    rows_per_shard: RowsPerShard = 1000,
+    workers: Workers = CORES,
+) -> None:
+    """Draw a raw image-text set as img2dataset leaves it: tars, Parquet files, no index.
+
+    The avatars' faces at sizes of the web's, with captions, URLs and scores. A share of the rows
+    has one fault each: damaged, copied, tiny, huge or no images, captions and metadata that are
+    missing, high scores. Which one is in the Parquet column fault, for copies with duplicate_of.
+
+    Example: diti data make laion-like --count 20000 --out data/raw
+    """
+    with clear_errors():
+        from data_pipelines.laion_like import LaionSpec
+        from tools.make_data import make_laion_like
+        from tools.progress import image_bar
+
+        spec = LaionSpec(seed=seed, faults=faults, rows_per_shard=rows_per_shard)
+        store = _store_for(out)
+        with image_bar("laion-like", count) as advance:
+            made = make_laion_like(spec, count, store, out, workers=workers, on_shard=advance)
+        faulty = count - made[""]
+        typer.echo(f"{counted(count, 'row')} at {out}, {counted(faulty, 'row')} with a fault")
 
 
 @app.command()
