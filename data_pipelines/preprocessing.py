@@ -8,12 +8,10 @@ Each writes what says that it is done as the last thing.
 
 import io
 import json
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from itertools import count
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -74,11 +72,7 @@ def _stage(store: ObjectStore, url: str, judged: Iterator[Judged]) -> Verdicts:
             else:
                 verdicts.append((key, verdict))
 
-    with tempfile.TemporaryDirectory(prefix="diti-") as folder:
-        path = Path(folder, "staged.tar")
-        with path.open("wb") as file:
-            write_tar(file, kept())
-        store.upload(path, url)
+    write_tar(store, url, kept())
     return Verdicts.of(verdicts)
 
 

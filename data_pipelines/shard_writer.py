@@ -66,12 +66,23 @@ def write_members(
 ) -> Shard:
     """The same from (key, members by extension)."""
     buffer = io.BytesIO()
-    write_tar(buffer, samples)
+    _write_tar(buffer, samples)
     return publish_shard(store, url, shard_name(number), buffer.getvalue())
 
 
-def write_tar(file: BinaryIO, samples: Iterable[tuple[str, Mapping[str, bytes | str]]]) -> None:
-    """A tar of these samples, the same bytes whoever writes it."""
+def write_tar(
+    store: ObjectStore, url: str, samples: Iterable[tuple[str, Mapping[str, bytes]]]
+) -> None:
+    """A tar outside of a shard set, however large: it goes through a temporary file."""
+    with tempfile.TemporaryDirectory(prefix="diti-") as folder:
+        path = Path(folder, "tar")
+        with path.open("wb") as file:
+            _write_tar(file, samples)
+        store.upload(path, url)
+
+
+def _write_tar(file: BinaryIO, samples: Iterable[tuple[str, Mapping[str, bytes | str]]]) -> None:
+    """The same bytes whoever writes it."""
     with TarWriter(file, encoder=False, mtime=0, user="diti", group="diti") as tar:
         for key, members in samples:
             data = {name: m.encode() if isinstance(m, str) else m for name, m in members.items()}
@@ -87,7 +98,6 @@ def write_raw_shard(
 ) -> None:
     """Write a shard as img2dataset leaves it: tar, Parquet file and, last, `00007_stats.json`.
 
-    The tar goes through a temporary file, so only the lines of the Parquet file are held in memory.
     The statistics say that every download succeeded at time 0, so the same samples make the same
     bytes.
 
@@ -103,10 +113,7 @@ def write_raw_shard(
             lines.append(line)
             yield key, members
 
-    with tempfile.NamedTemporaryFile(prefix="diti-", suffix=".tar") as file:
-        write_tar(file, noted())
-        file.flush()
-        store.upload(Path(file.name), join(url, f"{name}.tar"))
+    write_tar(store, join(url, f"{name}.tar"), noted())
     table = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(lines, schema), table)
     store.write(join(url, f"{name}.parquet"), table.getvalue())

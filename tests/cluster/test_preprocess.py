@@ -75,7 +75,7 @@ def config(
     return PreprocessConfig(
         raw=raw,
         out=join(s3_url, "train"),
-        image_size_px=64,
+        image_size_px=96,
         rows_per_shard=10,
         mix_shards=2,
         filters=FILTERS,
@@ -113,7 +113,7 @@ def test_what_becomes_of_each_sample_is_what_its_fault_asks_for(
 
     images = found_in(store, index)
     assert set(images) == {key for key, _, fault in rows if fault in ("", "wrong_extension")}
-    assert {decode_whole(image).shape for image in images.values()} == {(64, 64, 3)}
+    assert {decode_whole(image).shape for image in images.values()} == {(96, 96, 3)}
     sizes = index.sizes.tolist()
     assert sum(sizes) == audit.kept == index.num_samples
     assert max(sizes) - min(sizes) <= 1
@@ -134,7 +134,7 @@ def test_a_set_on_a_disk_is_read_by_webdataset(
     urls = [shard.url for shard in index.shards]
     samples = list(wds.WebDataset(urls, shardshuffle=False).decode("rgb8"))  # pyright: ignore[reportAttributeAccessIssue]
     assert len(samples) == index.num_samples
-    assert all(sample["jpg"].shape == (64, 64, 3) and sample["txt"] for sample in samples)
+    assert all(sample["jpg"].shape == (96, 96, 3) and sample["txt"] for sample in samples)
     assert len({sample["__key__"] for sample in samples}) == len(samples)
 
 
@@ -190,7 +190,7 @@ def test_other_work_in_the_same_folders_is_refused(
     store: ObjectStore, config: PreprocessConfig
 ) -> None:
     preprocess(store, config)
-    with pytest.raises(AlreadyExistsError, match="image_size_px was 64, is 32"):
+    with pytest.raises(AlreadyExistsError, match="image_size_px was 96, is 32"):
         preprocess(store, config.model_copy(update={"image_size_px": 32}))
     store.write(join(config.raw, shard_name(9)), store.read(join(config.raw, shard_name(0))))
     with pytest.raises(AlreadyExistsError, match="the raw tars are others"):
