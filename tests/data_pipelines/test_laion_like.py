@@ -114,6 +114,7 @@ def test_the_json_says_what_the_columns_say_but_for_the_truth(sound: list[LaionR
     described = json.loads(row.members["json"])
     described.pop("attributes")
     truth = {"fault": "", "duplicate_of": None}
+    assert truth.keys().isdisjoint(described)
     assert {**described, **truth} == row.columns
     assert list(row.columns) == SCHEMA.names
     found = (described["status"], described["error_message"], described["exif"])
