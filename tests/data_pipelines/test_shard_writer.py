@@ -3,10 +3,13 @@
 import hashlib
 import json
 import tarfile
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import webdataset as wds
 
@@ -17,7 +20,12 @@ from data_pipelines.shard_index import (
     verify_listing,
     write_index,
 )
-from data_pipelines.shard_writer import sample_key, shard_name, write_shard
+from data_pipelines.shard_writer import (
+    sample_key,
+    shard_name,
+    write_raw_shard,
+    write_shard,
+)
 from data_pipelines.tar_members import ShardMismatchError
 
 STORE = ObjectStore()
@@ -99,3 +107,51 @@ def test_the_bytes_never_change_between_versions(tmp_path: Path):
         assert described is not None
         assert json.loads(described.read())["caption"] == "süß"
     assert shard.sha256 == "ed9e3441ab268e990b0d4ac2532f00fecad5bcf2564759a7c6837660528cf462"
+
+
+RAW = [
+    ("000030000", {"jpg": b"\xff\xd8 first", "txt": b"a", "json": b"{}"}, {"n": 1, "caption": "a"}),
+    ("000030001", {"jpg": b"no image"}, {"n": 2, "caption": None}),
+]
+RAW_SCHEMA = pa.schema([("n", pa.int32()), ("caption", pa.string())])
+
+
+def test_a_raw_shard_is_what_img2dataset_leaves(store: ObjectStore, s3_url: str):
+    write_raw_shard(store, s3_url, 3, iter(RAW), RAW_SCHEMA)
+    names = ("00003.parquet", "00003.tar", "00003_stats.json")
+    assert [info.url for info in store.list(s3_url)] == [join(s3_url, name) for name in names]
+    with store.local_copy(join(s3_url, "00003.tar")) as tar:
+        samples = list(wds.WebDataset(str(tar), shardshuffle=False))
+    assert [
+        (sample["__key__"], {k: v for k, v in sample.items() if not k.startswith("__")})
+        for sample in samples
+    ] == [(key, members) for key, members, _ in RAW]
+    table = pq.read_table(pa.BufferReader(store.read(join(s3_url, "00003.parquet"))))
+    assert table == pa.Table.from_pylist([line for *_, line in RAW], RAW_SCHEMA)
+    stats = json.loads(store.read(join(s3_url, "00003_stats.json")))
+    assert (stats["count"], stats["successes"], stats["status_dict"]) == (2, 2, {"success": 2})
+
+
+def test_raw_shards_are_the_same_bytes_at_any_time_and_leave_no_scratch_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    write_raw_shard(STORE, str(tmp_path / "a"), 3, RAW, RAW_SCHEMA)
+    monkeypatch.setattr(time, "time", lambda: 2e9)
+    monkeypatch.setenv("USER", "somebody-else")
+    write_raw_shard(STORE, str(tmp_path / "b"), 3, RAW, RAW_SCHEMA)
+    for name in ("00003.tar", "00003.parquet", "00003_stats.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert list(scratch.iterdir()) == []
+
+
+def test_a_raw_shard_whose_rows_fail_leaves_nothing(tmp_path: Path):
+    def failing():
+        yield RAW[0]
+        raise ValueError("this row cannot be drawn")
+
+    with pytest.raises(ValueError, match="cannot be drawn"):
+        write_raw_shard(STORE, str(tmp_path), 3, failing(), RAW_SCHEMA)
+    assert STORE.list(str(tmp_path)) == []

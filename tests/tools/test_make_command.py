@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from typer.testing import Result
@@ -63,6 +64,18 @@ def test_emoji_by_unknown_hands_are_refused_before_anything_is_fetched(tmp_path:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_making_a_raw_set_says_what_was_made_and_never_overwrites(tmp_path: Path) -> None:
+    out = str(tmp_path / "raw")
+    arguments = ("--count", "30", "--rows-per-shard", "20", "--workers", "1", "--out", out)
+    result = diti("data", "make", "laion-like", *arguments, "--faults", "0.5")
+    assert result.exit_code == 0, result.output
+    tables = [pq.read_table(path) for path in Path(out).glob("*.parquet")]
+    faulty = sum(fault != "" for table in tables for fault in table["fault"].to_pylist())
+    assert 5 < faulty < 25
+    assert f"30 rows at {out}, {faulty} rows with a fault" in result.output
+    refused(diti("data", "make", "laion-like", *arguments), "holds 2 tars already", "delete")
+
+
 @pytest.fixture
 def celeba(tmp_path: Path) -> Path:
     """Three images of CelebA's size, its two files beside them."""
@@ -120,6 +133,8 @@ def test_a_folder_that_cannot_be_imported_is_refused_in_one_line(celeba: Path) -
         ("folder", "d", "--out", " "),
         ("emoji", "--out", "o", "--count", "0"),
         ("emoji", "--out", "o"),
+        ("laion-like", "--out", "o", "--count", "9", "--faults", "1.5"),
+        ("laion-like", "--out", "o", "--count", "9", "--faults", "nan"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options: tuple[str, ...]) -> None:

@@ -1,9 +1,12 @@
 """Making shard sets: the same shards whatever the number of processes."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
+import webdataset as wds
 from PIL import Image
 
 from data_pipelines.avatars import AvatarSpec, draw_avatar
@@ -11,11 +14,12 @@ from data_pipelines.emoji import EmojiSpec, draw_emoji
 from data_pipelines.emoji_art import load_art
 from data_pipelines.image_folder import plan_folder
 from data_pipelines.image_import import BadImagesError, FolderShard, Treatment
+from data_pipelines.laion_like import SCHEMA, LaionSpec, draw_row
 from data_pipelines.object_store import AlreadyExistsError, ObjectStore
 from data_pipelines.shard_index import INDEX_NAME, ShardIndex, read_index, verify_listing
 from tests.emoji_art import real_packages
 from tools.labels import read_samples
-from tools.make_data import import_folder, make_avatars, make_emoji
+from tools.make_data import import_folder, make_avatars, make_emoji, make_laion_like
 
 STORE = ObjectStore()
 SPEC = AvatarSpec(split="test")
@@ -97,6 +101,63 @@ def test_processes_draw_the_same_emoji_as_this_one(tmp_path: Path) -> None:
         assert described == {"key": sample["__key__"], **expected.metadata}
     with pytest.raises(AlreadyExistsError):
         make_emoji(spec, packages, 5, STORE, str(tmp_path / "set"), rows_per_shard=3, workers=1)
+
+
+# ---------------------------------------------------------------------------------- raw image-text
+
+LAION = LaionSpec(faults=0.6, rows_per_shard=9)
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Thirteen rows in shards of nine, by two processes."""
+    url = tmp_path_factory.mktemp("raw")
+    reported: list[int] = []
+    faults = make_laion_like(LAION, 13, STORE, str(url), workers=2, on_shard=reported.append)
+    assert sorted(reported) == [4, 9]
+    tables = [pq.read_table(path) for path in url.glob("*.parquet")]
+    assert faults == Counter(fault for table in tables for fault in table["fault"].to_pylist())
+    assert 0 < faults[""] < 13
+    return url
+
+
+def test_a_raw_set_has_three_files_a_shard_and_no_index(raw: Path) -> None:
+    assert sorted(path.name for path in raw.iterdir()) == [
+        *("00000.parquet", "00000.tar", "00000_stats.json"),
+        *("00001.parquet", "00001.tar", "00001_stats.json"),
+    ]
+
+
+def test_webdataset_reads_every_row_and_the_parquet_file_describes_it(raw: Path) -> None:
+    expected = [draw_row(LAION, row) for row in range(13)]
+    for number, rows in ((0, expected[:9]), (1, expected[9:])):
+        samples = wds.WebDataset(str(raw / f"{number:05d}.tar"), shardshuffle=False)
+        assert [
+            (one["__key__"], {k: v for k, v in one.items() if not k.startswith("__")})
+            for one in samples
+        ] == [(row.key, row.members) for row in rows]
+        table = pq.read_table(raw / f"{number:05d}.parquet")
+        assert table.schema == SCHEMA
+        assert table.to_pylist() == [row.columns for row in rows]
+
+
+def test_the_number_of_processes_changes_no_byte_of_a_raw_set(raw: Path, tmp_path: Path) -> None:
+    make_laion_like(LAION, 13, STORE, str(tmp_path), workers=1)
+    for path in raw.iterdir():
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes()
+
+
+def test_no_raw_set_is_written_where_tars_are(raw: Path, made: ShardIndex) -> None:
+    for url in (str(raw), made.url):
+        before = STORE.list(url)
+        with pytest.raises(AlreadyExistsError, match=r"tars already, first .*00000\.tar; delete"):
+            make_laion_like(LAION, 3, STORE, url, workers=1)
+        assert STORE.list(url) == before
+
+
+def test_a_raw_set_of_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="count must be at least 1"):
+        make_laion_like(LAION, 0, STORE, str(tmp_path), workers=1)
 
 
 # ---------------------------------------------------------------------------------------- folders
