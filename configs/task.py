@@ -20,7 +20,7 @@ from configs.values import (
 )
 
 BUILTIN_PREFIX = "builtin/"
-"""Of the weights that are packaged."""
+"""Of the weights, and the shapes without weights, that are packaged."""
 
 
 class UNetConfig(Section):
@@ -134,7 +134,8 @@ class DiffusersConfig(Section):
 
     kind: Literal["diffusers"]
     folder: Url
-    """With model_index.json, as `save_pretrained` writes it."""
+    """With model_index.json, as `save_pretrained` writes it; or `builtin/NAME` for a public model's
+    shape, by which a run can be planned and not trained."""
     sha256: Sha256
     """Over the names and bytes of its files, as `diti backbone inspect` prints it."""
     tail_blocks: PositiveInt = 4
@@ -146,6 +147,8 @@ class DiffusersConfig(Section):
 
     def moved(self, move: Callable[[str], str]) -> Self:
         """The same with another place, which `move` finds."""
+        if self.folder.startswith(BUILTIN_PREFIX):
+            return self
         return self.model_copy(update={"folder": move(self.folder)})
 
 

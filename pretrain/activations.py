@@ -30,7 +30,7 @@ def measure_pass(
     """Of a micro-batch. Nothing is computed; `model` and `frozen` are of no use afterwards.
 
     Args:
-        model: inputs to losses (see `inputs`), on the CPU.
+        model: inputs to losses (see `inputs`), on the CPU or on the meta device.
         frozen: what it calls that is no part of it.
     """
     # What is not made here, such as a noise schedule, becomes fake where it is used.
@@ -47,10 +47,16 @@ def measure_pass(
 def _make_fake(module: nn.Module, mode: FakeTensorMode) -> None:
     for part in module.modules():
         for name, weight in part.named_parameters(recurse=False):
-            fake = nn.Parameter(mode.from_tensor(weight), requires_grad=weight.requires_grad)
+            fake = nn.Parameter(_on_cpu(weight, mode), requires_grad=weight.requires_grad)
             setattr(part, name, fake)
         for name, buffer in part.named_buffers(recurse=False):
-            setattr(part, name, mode.from_tensor(buffer))
+            setattr(part, name, _on_cpu(buffer, mode))
+
+
+def _on_cpu(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
+    """Fake, with the shape of one on the CPU or on the meta device."""
+    with mode:
+        return torch.empty_like(tensor, device="cpu")
 
 
 class _LiveBytes(TorchDispatchMode):

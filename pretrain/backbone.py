@@ -89,14 +89,17 @@ def load_backbone(store: ObjectStore, config: BackboneConfig) -> Backbone:
 
 
 def untrained_backbone(store: ObjectStore, config: BackboneConfig) -> Backbone:
-    """One with the shape on the card of `config`, whose weights need not be there; to plan by.
+    """One with the shape on the card of `config`, on the meta device, to plan by.
+
+    The weights need not be there.
 
     Raises:
         BackboneError: there is no card, or an unreadable one.
     """
     card_url = _card_url(config.weights)
     card = _read_card(store, card_url)
-    unet = UNet(card["unet"]).requires_grad_(False).eval()
+    with torch.device("meta"):
+        unet = UNet(card["unet"]).requires_grad_(False).eval()
     return Backbone(unet, card["schedule"], card["image_size_px"], "", card["prediction"])
 
 
@@ -136,7 +139,8 @@ def digest_of_state(state: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        numbers = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(numbers.view(torch.uint8).numpy().data)  # numpy has no bfloat16
     return digest.hexdigest()
 
 

@@ -11,17 +11,17 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from configs.task import DiffusersConfig
+from configs.task import BUILTIN_PREFIX, DiffusersConfig
 from data_pipelines.object_store import ObjectStore
 from pretrain.backbone import BackboneError, first_few
 from pretrain.copied_tail import Anatomy, Condition, CopiedTail
@@ -94,6 +94,15 @@ class DiffusersBackbone:
         )
 
 
+class Source(NamedTuple):
+    """Where models come from: a folder's weights, or its configurations alone."""
+
+    model: Callable[[Path, str, tuple[str, ...]], Any]
+    """Of a folder, a part of it, and the classes that it may have: one that is frozen."""
+    null_prompt: Callable[[Path, Any], tuple[Tensor, Tensor | None]]
+    """Of a folder and its denoiser: embeddings of no prompt, of one image, and pooled."""
+
+
 def digest_of_folder(store: ObjectStore, url: str) -> str:
     """SHA-256 over names and bytes of all that `load_diffusers` may read below `url`.
 
@@ -112,7 +121,7 @@ def unpinned_diffusers(store: ObjectStore, url: str) -> DiffusersBackbone:
     """
     with store.local_folder(url, _READ) as folder:
         digest = _digest(_files(folder, url), folder)
-        return _read(folder, url, digest, tail_blocks=1, image_size_px=None)
+        return read_pipeline(folder, url, digest, WEIGHTS, tail_blocks=1, image_size_px=None)
 
 
 def load_diffusers(
@@ -126,6 +135,12 @@ def load_diffusers(
     Raises:
         BackboneError: another digest, a part that is missing or does not fit, another format.
     """
+    if config.folder.startswith(BUILTIN_PREFIX):
+        raise BackboneError(
+            f"backbone {config.folder} is a shape to plan by and has no weights; fetch the model "
+            f"and give task.backbone.folder=... task.backbone.sha256=... (which `diti backbone "
+            f"inspect` prints)"
+        )
     with store.local_folder(config.folder, _READ) as folder:
         digest = _digest(_files(folder, config.folder), folder)
         if digest != config.sha256:
@@ -134,28 +149,40 @@ def load_diffusers(
                 f"task.backbone.sha256 pins {config.sha256}; use the pinned folder, or pin this "
                 f"one if the change is meant"
             )
-        return _read(
+        return read_pipeline(
             folder,
             config.folder,
             digest,
+            WEIGHTS,
             tail_blocks=config.tail_blocks,
             image_size_px=image_size_px,
         )
 
 
-def _read(
-    folder: Path, url: str, digest: str, *, tail_blocks: int, image_size_px: int | None
+def read_pipeline(
+    folder: Path,
+    url: str,
+    digest: str,
+    source: Source,
+    *,
+    tail_blocks: int,
+    image_size_px: int | None,
 ) -> DiffusersBackbone:
-    model = _load(folder, _part(folder, url, ("unet", "transformer")), _DENOISERS)
+    """What a local folder with a model_index.json holds, its models from `source`.
+
+    Raises:
+        BackboneError: a part is missing, is of another class, or does not fit.
+    """
+    model = source.model(folder, _part(folder, url, ("unet", "transformer")), _DENOISERS)
     schedule, prediction = _schedule(folder, url)
-    latents = _latents(folder)
+    latents = _latents(folder, source)
     size = _checked_size(model, latents, image_size_px)
     return DiffusersBackbone(
         model=model,
         anatomy=anatomy_of(model, tail_blocks),
         noise_schedule=schedule,
         prediction=prediction,
-        condition=_condition(folder, model, size),
+        condition=_condition(folder, model, size, source),
         latents=latents,
         image_size_px=size,
         sha256=digest,
@@ -222,13 +249,18 @@ def _anatomy_of_unet(model: Any) -> Anatomy:
     return Anatomy((*front, "conv_in", *down), tuple(steered), "conv_out", width)
 
 
-def _files(folder: Path, url: str) -> list[str]:
-    """Names of all that may be read."""
+def check_is_pipeline(folder: Path, url: str) -> None:
+    """Raise BackboneError if it is none."""
     if not (folder / MODEL_INDEX).is_file():
         raise BackboneError(
             f"backbone {url} is no pipeline of diffusers: it has no {MODEL_INDEX}; give the "
             f"folder that save_pretrained wrote, or one that was downloaded whole"
         )
+
+
+def _files(folder: Path, url: str) -> list[str]:
+    """Names of all that may be read."""
+    check_is_pipeline(folder, url)
     names = [str(p.relative_to(folder)) for p in folder.rglob("*") if p.name.endswith(_READ)]
     return sorted(names)
 
@@ -260,21 +292,30 @@ def _quiet_diffusers() -> Any:
     return diffusers
 
 
-def _load(folder: Path, part: str, allowed: tuple[str, ...]) -> Any:
-    """One model of the folder, with every weight found and none left over."""
-    diffusers = _quiet_diffusers()
+def class_of(folder: Path, part: str, allowed: tuple[str, ...]) -> Any:
+    """The class of diffusers that a part's config.json names.
+
+    Raises:
+        BackboneError: it is none of those that are allowed.
+    """
     name = json.loads((folder / part / "config.json").read_text()).get("_class_name")
     if name not in allowed:
         raise BackboneError(
             f"{part}/config.json names the class {name!r}; supported are {', '.join(allowed)}"
         )
+    return getattr(_quiet_diffusers(), name)
+
+
+def _load(folder: Path, part: str, allowed: tuple[str, ...]) -> Any:
+    """One model of the folder, with every weight found and none left over."""
+    kind = class_of(folder, part, allowed)
     if not list((folder / part).glob("*.safetensors")):
         raise BackboneError(
             f"{part} holds no weights in safetensors, the only format that is read; save the model "
             f"again with save_pretrained(safe_serialization=True)"
         )
     try:
-        model, found = getattr(diffusers, name).from_pretrained(
+        model, found = kind.from_pretrained(
             folder / part,
             use_safetensors=True,
             local_files_only=True,
@@ -310,10 +351,10 @@ def _schedule(folder: Path, url: str) -> tuple[NoiseSchedule, Prediction]:
     return schedule_of(scheduler.alphas_cumprod), _PREDICTIONS[kind]
 
 
-def _latents(folder: Path) -> Latents | None:
+def _latents(folder: Path, source: Source) -> Latents | None:
     if not (folder / "vae" / "config.json").is_file():
         return None
-    vae = _load(folder, "vae", ("AutoencoderKL",))
+    vae = source.model(folder, "vae", ("AutoencoderKL",))
     config = vae.config
     return Latents(
         vae=vae,
@@ -324,14 +365,14 @@ def _latents(folder: Path) -> Latents | None:
     )
 
 
-def _condition(folder: Path, model: Any, image_size_px: int) -> dict[str, Any]:
+def _condition(folder: Path, model: Any, image_size_px: int, source: Source) -> dict[str, Any]:
     """What the model is told of every image: nothing, in its pipeline's own words for it."""
     classes = getattr(model.config, "num_embeds_ada_norm", None)
     if classes is not None:  # one more than the classes is the null class
         return {"class_labels": torch.tensor([classes])}
     if type(model).__name__ == "UNet2DModel":
         return {}
-    prompt, pooled = _null_prompt(folder, model)
+    prompt, pooled = source.null_prompt(folder, model)
     wanted = getattr(model.config, "cross_attention_dim", None) or model.config.joint_attention_dim
     if prompt.shape[-1] != wanted:
         raise BackboneError(
@@ -347,16 +388,24 @@ def _condition(folder: Path, model: Any, image_size_px: int) -> dict[str, Any]:
     return {"encoder_hidden_states": prompt, "added_cond_kwargs": told}
 
 
+def pipeline_of(folder: Path) -> str:
+    """Name of the class that makes a pipeline's prompts.
+
+    Raises:
+        BackboneError: it is none that is supported.
+    """
+    name = json.loads((folder / MODEL_INDEX).read_text())["_class_name"]
+    if name not in _PIPELINES:
+        raise BackboneError(
+            f"{MODEL_INDEX} names the pipeline {name!r}; supported are {', '.join(_PIPELINES)}"
+        )
+    return name
+
+
 @torch.no_grad()
 def _null_prompt(folder: Path, model: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Embeddings that the pipeline puts in the place of no prompt, of one image, and pooled."""
-    index = json.loads((folder / MODEL_INDEX).read_text())
-    if index["_class_name"] not in _PIPELINES:
-        raise BackboneError(
-            f"{MODEL_INDEX} names the pipeline {index['_class_name']!r}; supported are "
-            f"{', '.join(_PIPELINES)}"
-        )
-    kind = getattr(_quiet_diffusers(), index["_class_name"])
+    kind = getattr(_quiet_diffusers(), pipeline_of(folder))
     wanted, _ = kind._get_signature_keys(kind)
     denoiser = "transformer" if "transformer" in wanted else "unet"
     read = [part for part in _TEXT_PARTS if (folder / part).is_dir()]
@@ -377,3 +426,7 @@ def _null_prompt(folder: Path, model: nn.Module) -> tuple[Tensor, Tensor | None]
         **prompts, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True
     )
     return found[1], found[3] if len(found) == 4 else None
+
+
+WEIGHTS = Source(_load, _null_prompt)
+"""Models as they are trained beside and sampled from."""

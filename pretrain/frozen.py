@@ -4,6 +4,7 @@ from configs.task import AnyBackboneConfig, BackboneConfig
 from data_pipelines.object_store import ObjectStore
 from pretrain.backbone import Backbone, load_backbone, untrained_backbone
 from pretrain.diffusers_backbone import DiffusersBackbone, load_diffusers
+from pretrain.diffusers_shapes import untrained_diffusers
 
 Frozen = Backbone | DiffusersBackbone
 
@@ -21,11 +22,13 @@ def load_frozen(store: ObjectStore, config: AnyBackboneConfig, *, image_size_px:
 
 
 def untrained_frozen(store: ObjectStore, config: AnyBackboneConfig, image_size_px: int) -> Frozen:
-    """One of the same shape, to plan by; of ours, only the card need be there.
+    """One of the same shape, to plan by, its weights on the meta device.
+
+    Only its card need be there, or its folder's JSON.
 
     Raises:
-        BackboneError: as `load_frozen`; or there is no card.
+        BackboneError: there is no card, or no pipeline; or it does not fit.
     """
     if isinstance(config, BackboneConfig):
         return untrained_backbone(store, config)
-    return load_diffusers(store, config, image_size_px=image_size_px)
+    return untrained_diffusers(store, config, image_size_px=image_size_px)

@@ -5,6 +5,8 @@ The interpreter and its libraries come on top.
 
 from dataclasses import dataclass
 
+import torch
+
 from configs.schema import EngineConfig, RunConfig
 from configs.task import DenoiserTask, DitiTask
 from data_pipelines.object_store import ObjectStore
@@ -27,7 +29,7 @@ class ModelSizes:
     trained: int
     """Numbers."""
     frozen: int
-    """Numbers of the backbone."""
+    """Numbers of the backbone, and of the VAE before it. Text encoders run once and are let go."""
     passes: PassMemory
     """Of one micro-batch, in float32."""
 
@@ -41,10 +43,11 @@ def sizes_of(model: Model, *, image_size_px: int, micro_batch: int) -> ModelSize
 
 
 def sizes_of_run(config: RunConfig, store: ObjectStore, plan: RunPlan) -> ModelSizes:
-    """Of the model that a run will train. Of its backbone only the card is read.
+    """Of the model that a run will train. Of its backbone only card or configurations are read.
 
     Raises:
-        ValueError: the backbone has no card, or the model does not go into this machine's memory.
+        ValueError: the backbone has none, or a model without a backbone does not go into this
+            machine's memory.
     """
     size = config.data.image_size_px
     try:
@@ -62,7 +65,9 @@ def _make_model(config: RunConfig, store: ObjectStore) -> Model:
     size = config.data.image_size_px
     match config.task:
         case DitiTask() as task:
-            return DiTi(task, untrained_frozen(store, task.backbone, size), image_size_px=size)
+            frozen = untrained_frozen(store, task.backbone, size)
+            with torch.device("meta"):  # no memory for weights that no machine here may have
+                return DiTi(task, frozen, image_size_px=size)
         case DenoiserTask() as task:
             return Denoiser(task)
         case task:

@@ -8,12 +8,15 @@ import torch
 import configs
 from configs.loading import ConfigError, load_run
 from configs.schema import RunConfig
-from configs.task import DitiTask, EncoderConfig
+from configs.task import BUILTIN_PREFIX, DiffusersConfig, DitiTask, EncoderConfig
+from data_pipelines.object_store import ObjectStore
+from pretrain.diffusers_backbone import digest_of_folder
 from pretrain.encoder import make_encoder
 from pretrain.partition import make_partition, published_partition
 from pretrain.run_plan import plan_run
 
 RUNS = Path(configs.__file__).parent / "runs"
+ARCHITECTURES = Path(configs.__file__).parents[1] / "pretrain" / "architectures"
 BACKBONE = ("task.backbone.weights=dpm.safetensors", f"task.backbone.sha256={'a' * 64}")
 SMALL_ENCODER, LARGE_ENCODER = 1_487_104, 3_914_240  # parameters, METHOD section 4
 UNBALANCED = published_partition(
@@ -87,3 +90,18 @@ def test_a_recipe_without_its_backbone_says_what_to_give(name: str):
     assert error.value.problems == (
         "task.backbone.sha256: is required but missing; give task.backbone.sha256=...",
     )
+
+
+LAION = {path.stem for path in RUNS.glob("laion*.yaml")}
+
+
+@pytest.mark.parametrize("name", sorted(LAION))
+def test_a_laion_recipe_pins_a_shape_that_is_packaged(name: str):
+    run = load_run(RUNS / f"{name}.yaml")
+    assert isinstance(run.task, DitiTask)
+    assert isinstance(run.task.backbone, DiffusersConfig)
+    packaged = ARCHITECTURES / run.task.backbone.folder.removeprefix(BUILTIN_PREFIX)
+    assert run.task.backbone.sha256 == digest_of_folder(ObjectStore(), str(packaged))
+    partition = make_partition(run.task.partition, run.task.encoder.latent_dim)
+    assert partition.num_timesteps == 1000
+    assert f"{run.train.global_batch:,} images" in (RUNS / f"{name}.yaml").read_text()

@@ -91,11 +91,11 @@ def _one_rank(
         pretrain.engine.keep_freed_memory = _give_back_freed_memory
     _take_steps(TINY, engine, plan)
     gc.collect()
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forget the most so far
     _take_steps(unet, engine, plan)
     if rank == 0:
-        found.send(_resident("VmHWM") - before)
+        found.send(resident("VmHWM") - before)
 
 
 def _give_back_freed_memory() -> None:
@@ -107,7 +107,7 @@ def _take_steps(unet: UNetConfig, engine: EngineConfig, plan: RunPlan) -> None:
     Steps(make_model(unet), engine, plan).take(STEPS)
 
 
-def _resident(what: str) -> int:
+def resident(what: str) -> int:
     """Bytes of this process: VmRSS now, VmHWM at most so far."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(what + ":"):
