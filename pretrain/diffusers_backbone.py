@@ -248,7 +248,7 @@ def _part(folder: Path, url: str, names: tuple[str, ...]) -> str:
     raise BackboneError(f"backbone {url} has no {' or '.join(names)} with a config.json")
 
 
-def _quiet_diffusers() -> Any:
+def quiet_diffusers() -> Any:
     """The library, imported only where it is needed, without what it prints beside errors."""
     logging.getLogger("xformers").setLevel(logging.ERROR)  # where attention runs is said elsewhere
     import diffusers
@@ -262,7 +262,7 @@ def _quiet_diffusers() -> Any:
 
 def _load(folder: Path, part: str, allowed: tuple[str, ...]) -> Any:
     """One model of the folder, with every weight found and none left over."""
-    diffusers = _quiet_diffusers()
+    diffusers = quiet_diffusers()
     name = json.loads((folder / part / "config.json").read_text()).get("_class_name")
     if name not in allowed:
         raise BackboneError(
@@ -356,7 +356,7 @@ def _null_prompt(folder: Path, model: nn.Module) -> tuple[Tensor, Tensor | None]
             f"{MODEL_INDEX} names the pipeline {index['_class_name']!r}; supported are "
             f"{', '.join(_PIPELINES)}"
         )
-    kind = getattr(_quiet_diffusers(), index["_class_name"])
+    kind = getattr(quiet_diffusers(), index["_class_name"])
     wanted, _ = kind._get_signature_keys(kind)
     denoiser = "transformer" if "transformer" in wanted else "unet"
     read = [part for part in _TEXT_PARTS if (folder / part).is_dir()]
