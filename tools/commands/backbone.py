@@ -92,7 +92,9 @@ def make_small(
     images: Annotated[
         int, typer.Option(help="Images to train on: a third for the VAE, then the rest.")
     ] = 24_000,
-    seed: Annotated[int, typer.Option(min=0, help="Of weights, order and noise.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="Of weights, order and noise.")
+    ] = 0,
 ) -> None:
     """Train a small model of Stable Diffusion's format in minutes, as diffusers saves it.
 
