@@ -1,6 +1,7 @@
 """Labels of a raw sample: what its json says that the image shows.
 
 `attributes` are 0 or 1, `numeric` are numbers, `classes` are words; each by name, each optional.
+`caption` is one text.
 """
 
 import json
@@ -43,6 +44,24 @@ def classes_in(sample: Mapping[str, Any]) -> dict[str, str]:
         LabelError: there is no json, no `classes` in it, or another value.
     """
     return _values_in(sample, "classes", "text", lambda value: isinstance(value, str))
+
+
+def caption_in(sample: Mapping[str, Any]) -> str:
+    """The text under `caption`.
+
+    Raises:
+        LabelError: there is no json, no `caption` in it, or no text.
+    """
+    try:
+        caption = json.loads(sample[LABELS_EXTENSION])["caption"]
+        if not isinstance(caption, str) or not caption.strip():
+            raise ValueError(f"{caption!r} is no text")
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
+        raise LabelError(
+            f"sample {sample['__key__']} of {sample['__url__']} has no caption "
+            f"({type(error).__name__}: {error}); its json needs `caption`, a text"
+        ) from error
+    return caption
 
 
 def _is_number(value: Any) -> bool:

@@ -280,7 +280,7 @@ def _part(folder: Path, url: str, names: tuple[str, ...]) -> str:
     raise BackboneError(f"backbone {url} has no {' or '.join(names)} with a config.json")
 
 
-def _quiet_diffusers() -> Any:
+def quiet_diffusers() -> Any:
     """The library, imported only where it is needed, without what it prints beside errors."""
     logging.getLogger("xformers").setLevel(logging.ERROR)  # where attention runs is said elsewhere
     import diffusers
@@ -303,7 +303,7 @@ def class_of(folder: Path, part: str, allowed: tuple[str, ...]) -> Any:
         raise BackboneError(
             f"{part}/config.json names the class {name!r}; supported are {', '.join(allowed)}"
         )
-    return getattr(_quiet_diffusers(), name)
+    return getattr(quiet_diffusers(), name)
 
 
 def _load(folder: Path, part: str, allowed: tuple[str, ...]) -> Any:
@@ -405,7 +405,7 @@ def pipeline_of(folder: Path) -> str:
 @torch.no_grad()
 def _null_prompt(folder: Path, model: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Embeddings that the pipeline puts in the place of no prompt, of one image, and pooled."""
-    kind = getattr(_quiet_diffusers(), pipeline_of(folder))
+    kind = getattr(quiet_diffusers(), pipeline_of(folder))
     wanted, _ = kind._get_signature_keys(kind)
     denoiser = "transformer" if "transformer" in wanted else "unet"
     read = [part for part in _TEXT_PARTS if (folder / part).is_dir()]

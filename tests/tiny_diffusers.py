@@ -1,10 +1,11 @@
 """Pipelines of a few hundred kilobytes, random, saved by diffusers as real ones are."""
 
-import json
 from pathlib import Path
 
 import torch
 from torch import nn
+
+from pretrain.caption_tokenizer import clip_tokenizer
 
 KINDS = ("ddpm", "stable-diffusion", "sdxl", "dit", "sd3")
 _UNET = {
@@ -49,7 +50,7 @@ def save_pipeline(kind: str, folder: Path, *, prediction: str = "epsilon") -> No
             made = diffusers.StableDiffusionPipeline(
                 vae=_vae(),
                 text_encoder=_text_encoder(),
-                tokenizer=_tokenizer(folder),
+                tokenizer=_tokenizer(),
                 unet=_rough(_conditional_unet()),
                 scheduler=diffusers.DDIMScheduler(**noise, **scaled),
                 safety_checker=None,
@@ -66,8 +67,8 @@ def save_pipeline(kind: str, folder: Path, *, prediction: str = "epsilon") -> No
                 vae=_vae(),
                 text_encoder=_text_encoder(),
                 text_encoder_2=_text_encoder(projected=True),
-                tokenizer=_tokenizer(folder),
-                tokenizer_2=_tokenizer(folder),
+                tokenizer=_tokenizer(),
+                tokenizer_2=_tokenizer(),
                 unet=_rough(_conditional_unet(**more)),
                 scheduler=diffusers.EulerDiscreteScheduler(**noise, **scaled),
             )
@@ -89,9 +90,9 @@ def save_pipeline(kind: str, folder: Path, *, prediction: str = "epsilon") -> No
                 scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
                 vae=_vae(shift_factor=0.1),
                 text_encoder=_text_encoder(projected=True),
-                tokenizer=_tokenizer(folder),
+                tokenizer=_tokenizer(),
                 text_encoder_2=_text_encoder(projected=True),
-                tokenizer_2=_tokenizer(folder),
+                tokenizer_2=_tokenizer(),
                 text_encoder_3=None,
                 tokenizer_3=None,
             )
@@ -150,17 +151,6 @@ def _text_encoder(*, projected: bool = False) -> nn.Module:
     return transformers.CLIPTextModel(config)
 
 
-def _tokenizer(folder: Path) -> object:
-    """CLIP's, of single bytes: it has no merges."""
-    from transformers import CLIPTokenizer
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    letters = list(bytes_to_unicode().values())
-    words = [*letters, *(f"{letter}</w>" for letter in letters)]
-    vocabulary = {word: number for number, word in enumerate(words)}
-    vocabulary |= {"<|startoftext|>": 512, "<|endoftext|>": 513}
-    folder.mkdir(parents=True, exist_ok=True)
-    files = folder.with_name(f"{folder.name}-vocab.json"), folder.with_name("merges.txt")
-    files[0].write_text(json.dumps(vocabulary))
-    files[1].write_text("#version: 0.2\n")
-    return CLIPTokenizer(str(files[0]), str(files[1]), model_max_length=16)
+def _tokenizer() -> object:
+    """CLIP's, of single bytes."""
+    return clip_tokenizer((), length=16)

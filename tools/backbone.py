@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any, Literal
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from configs.schema import RunConfig
 from configs.task import BackboneConfig, DenoiserTask
 from data_pipelines.object_store import ObjectStore, join
+from data_pipelines.shard_index import read_index
 from pretrain import checkpoint
 from pretrain.backbone import load_backbone, pin_backbone, save_backbone
 from pretrain.diffusers_backbone import MODEL_INDEX, unpinned_diffusers
@@ -20,9 +22,20 @@ from pretrain.published import (
     PublishedCheckpointError,
     load_authors_checkpoint,
 )
+from pretrain.small_stable_diffusion import (
+    MOST_IMAGES,
+    SmallModel,
+    check_vacant,
+    read_captioned,
+    save_small,
+    take_latents,
+    train_autoencoder,
+    train_denoiser,
+)
 from pretrain.trained import load_denoiser_weights
 from tools.figures import image_grid
 from tools.pictures import backbone_samples
+from tools.progress import image_bar
 
 COLUMNS = 12
 
@@ -145,6 +158,40 @@ def import_backbone(
         f"{KIND_NAMES[authors.kind]}{steps}: {_count(authors.backbone)['parameters']:,} parameters,"
         f" {authors.image_size_px} px, attention heads from {authors.origins['attention heads']}"
     )
+
+
+def make_small(store: ObjectStore, shards: str, out: str, model: SmallModel) -> str:
+    """A small pipeline of Stable Diffusion's format at `out`, trained here; returns its SHA-256.
+
+    Raises:
+        AlreadyExistsError: something is at `out`.
+        LabelError, DecodeError: an image has no caption, or is none.
+    """
+    check_vacant(store, out)
+    index = read_index(store, shards)
+    with image_bar("images", min(index.num_samples, MOST_IMAGES)) as advance:
+        data = read_captioned(store, index, model, advance)
+    with image_bar("autoencoder", model.autoencoder_images) as advance:
+        vae = train_autoencoder(data, model, advance)
+    with image_bar("latents", len(data.captions)) as advance:
+        latents = take_latents(vae, data, advance)
+    with image_bar("denoiser", model.denoiser_images) as advance:
+        pipeline = train_denoiser(vae, latents, data, model, advance)
+    command = (
+        f"diti backbone make-small {shards} --image-size {model.image_size_px} "
+        f"--images {model.images} --seed {model.seed}"
+    )
+    provenance = {
+        "command": command,
+        "seed": model.seed,
+        "images_seen": {
+            "autoencoder": model.autoencoder_images,
+            "denoiser": model.denoiser_images,
+        },
+        "index_digest": index.digest,
+        "code_version": version("diti-pretrain"),
+    }
+    return save_small(store, pipeline, out, provenance)
 
 
 def inspect_file(store: ObjectStore, url: str, options: ImportOptions) -> dict[str, Any]:

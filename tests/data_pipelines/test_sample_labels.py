@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from data_pipelines.sample_labels import LabelError, attributes_in, labels_in
+from data_pipelines.sample_labels import LabelError, attributes_in, caption_in, labels_in
 
 
 def sample(value: Any) -> dict[str, Any]:
@@ -44,3 +44,12 @@ def test_a_sample_without_json_or_without_the_attribute_is_named() -> None:
         labels_in({"__key__": "k", "__url__": "u.tar"}, ("a",))
     with pytest.raises(LabelError, match=r"has no attribute c; it has a, b"):
         labels_in(sample({"attributes": {"b": 1, "a": 1}}), ("a", "c"))
+
+
+@pytest.mark.parametrize("broken", [b"{", b"\xff", [], {}, {"caption": None}, {"caption": " \n"}])
+def test_what_is_no_caption_is_refused_with_the_samples_name(broken: Any) -> None:
+    assert caption_in(sample({"caption": "a cat"})) == "a cat"
+    with pytest.raises(LabelError, match=r"sample k of u\.tar has no caption"):
+        caption_in(sample(broken))
+    with pytest.raises(LabelError, match=r"has no caption \(KeyError: 'json'"):
+        caption_in({"__key__": "k", "__url__": "u.tar"})

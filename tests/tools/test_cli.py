@@ -232,6 +232,7 @@ def test_features_without_a_manifest_are_refused(s3_url: str) -> None:
         ("data", "repair"),
         ("backbone", "train"),
         ("backbone", "samples"),
+        ("backbone", "make-small"),
         ("backbone", "import"),
         ("backbone", "inspect"),
         ("features", "show"),

@@ -6,7 +6,15 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from tools.commands.options import AsJson, AuthorsConfig, Ema, LocalDir, Overrides, check_out_file
+from tools.commands.options import (
+    AsJson,
+    AuthorsConfig,
+    Ema,
+    LocalDir,
+    Overrides,
+    check_out_file,
+    not_empty,
+)
 from tools.commands.outcome import clear_errors
 from tools.commands.runs import launch
 from tools.tables import print_contents
@@ -72,6 +80,36 @@ def samples(
             update(SAMPLE_STEPS, "")
         out.write_bytes(sheet)
         typer.echo(str(out))
+
+
+@app.command("make-small")
+def make_small(
+    shards: Annotated[str, typer.Argument(metavar="SHARDS", help="A shard set with captions.")],
+    out: Annotated[str, typer.Option(callback=not_empty, help="New folder for the model.")],
+    image_size: Annotated[
+        int, typer.Option(help="Side of its images: a multiple of 8 px, 16 to 128.")
+    ] = 32,
+    images: Annotated[
+        int, typer.Option(help="Images to train on: a third for the VAE, then the rest.")
+    ] = 24_000,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="Of weights, order and noise.")
+    ] = 0,
+) -> None:
+    """Train a small model of Stable Diffusion's format in minutes, as diffusers saves it.
+
+    It is for trying things out on a CPU: one process, a few MB, and nothing to resume.
+
+    Example: diti backbone make-small data/avatars/train --out models/small
+    """
+    with clear_errors():
+        from data_pipelines.object_store import ObjectStore
+        from pretrain.small_stable_diffusion import SmallModel
+        from tools.backbone import make_small as make
+
+        model = SmallModel(image_size_px=image_size, images=images, seed=seed)
+        digest = make(ObjectStore(), shards, out, model)
+        typer.echo(f"{out}: SHA-256 {digest}")
 
 
 @app.command("import")
