@@ -29,7 +29,8 @@ def clip_tokenizer(merges: Sequence[Merge], *, length: int) -> Any:
     symbols = [*letters, *(letter + END for letter in letters), *("".join(m) for m in merges)]
     symbols = dict.fromkeys([*symbols, "<|startoftext|>", "<|endoftext|>"])  # two ways to one
     vocabulary = {symbol: number for number, symbol in enumerate(symbols)}
-    return CLIPTokenizer(vocabulary, list(merges), model_max_length=length)
+    of: Any = CLIPTokenizer  # its annotation does not know that merges are pairs
+    return of(vocabulary, list(merges), model_max_length=length)
 
 
 def learn_merges(captions: Iterable[str], most: int) -> list[Merge]:

@@ -71,7 +71,7 @@ class SmallModel:
     """What is made. Raises ValueError for an image size or a length that cannot be."""
 
     image_size_px: int = 32
-    images: int = 24_000
+    images: int = 18_000
     """Seen in all: a third by the autoencoder, then the rest by U-Net and text encoder."""
     seed: int = 0
 

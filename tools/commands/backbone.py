@@ -91,7 +91,7 @@ def make_small(
     ] = 32,
     images: Annotated[
         int, typer.Option(help="Images to train on: a third for the VAE, then the rest.")
-    ] = 24_000,
+    ] = 18_000,
     seed: Annotated[
         int, typer.Option(min=0, max=2**63 - 1, help="Of weights, order and noise.")
     ] = 0,
