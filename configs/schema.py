@@ -14,6 +14,7 @@ from configs.task import (
     BaselineTask,
     DenoiserTask,
     DiffAeTask,
+    DiffusersConfig,
     DitiTask,
     MaskedTask,
     ResNet10Config,
@@ -77,6 +78,9 @@ class DataConfig(Section):
     decode_threads: Amount = 2
     """Threads that decode images, per rank."""
     cache: CacheConfig | None = None
+    encoded: Url | None = None
+    """Folder of what `diti data encode` made of `shards` for a backbone of diffusers: latents, and
+    embeddings of captions. Null makes latents as they are needed."""
     crop: Literal["centre", "random"] = "centre"
     """Which square of an image that is none: the middle, or a place decided by its position."""
     horizontal_flip: bool = False
@@ -93,6 +97,18 @@ class DataConfig(Section):
             raise ValueError(
                 "give either shards (one folder) or sources (several: "
                 "{NAME: {shards: URL, weight: 1}, ...}, with shards: null)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _encoded_as_they_are(self) -> Self:
+        if self.encoded is None:
+            return self
+        if self.shards is None:
+            raise ValueError("encoded goes with shards, not with several sources; join these first")
+        if self.crop != "centre":
+            raise ValueError(
+                "encoded latents are of centre squares; use crop centre, or no encoded"
             )
         return self
 
@@ -114,8 +130,11 @@ class DataConfig(Section):
             name: config.model_copy(update={"shards": move(config.shards)})
             for name, config in self.sources.items()
         }
-        shards = None if self.shards is None else move(self.shards)
-        return self.model_copy(update={"shards": shards, "sources": sources})
+        own = {
+            name: None if url is None else move(url)
+            for name, url in (("shards", self.shards), ("encoded", self.encoded))
+        }
+        return self.model_copy(update={**own, "sources": sources})
 
 
 class OptimizerConfig(Section):
@@ -285,6 +304,20 @@ class RunConfig(Section):
             raise ValueError(
                 f"train.keep_every_images ({train.keep_every_images}) must be a multiple of "
                 f"train.checkpoint_every_images ({train.checkpoint_every_images})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _encoded_for_a_backbone(self) -> Self:
+        backbone = self.task.backbone if isinstance(self.task, DitiTask) else None
+        encoded = self.data.encoded
+        if not isinstance(backbone, DiffusersConfig):
+            if encoded is not None:
+                raise ValueError("data.encoded needs task.backbone.kind diffusers: it is for one")
+        elif backbone.condition == "caption" and encoded is None:
+            raise ValueError(
+                "task.backbone.condition caption needs data.encoded: captions are embedded "
+                "beforehand, by `diti data encode`"
             )
         return self
 

@@ -138,6 +138,9 @@ class DiffusersConfig(Section):
     shape, by which a run can be planned and not trained."""
     sha256: Sha256
     """Over the names and bytes of its files, as `diti backbone inspect` prints it."""
+    condition: Literal["none", "caption"] = "none"
+    """What the model is told of an image: what its pipeline puts in the place of no prompt (or the
+    class of no class), or the image's caption, which `data.encoded` holds."""
     tail_blocks: PositiveInt = 4
     """Blocks at a transformer's end that are copied and trained; a U-Net's tail is its up path."""
 

@@ -23,7 +23,7 @@ from data_pipelines.resharding import Group
 from data_pipelines.sample_reader import member_sample
 from data_pipelines.screening import Dropped, Kept, screen
 from data_pipelines.shard_index import Shard
-from data_pipelines.shard_writer import sample_key, write_members, write_tar
+from data_pipelines.shard_writer import sample_key, shard_name, write_members, write_tar
 from data_pipelines.tar_members import MemberTable, ShardMismatchError, Tar, scan_tar
 from data_pipelines.verdicts import Verdicts
 
@@ -113,7 +113,7 @@ def mix_group(config: PreprocessConfig, store: ObjectStore, url: str, name: str)
                 (sample_key(number, row), _members(*staged[tar_name], staged_row, tar_name))
                 for row, (tar_name, staged_row) in enumerate(places)
             )
-            shards.append(write_members(store, config.out, number, samples))
+            shards.append(write_members(store, config.out, shard_name(number), samples))
     lines = [asdict(replace(shard, folder="")) for shard in shards]
     store.write(join(url, f"{name}{SHARDS}"), json.dumps(lines).encode())
 

@@ -115,7 +115,7 @@ def _reads(table: MemberTable, extensions: Sequence[str]) -> Iterator[tuple[int,
 
 
 def read_sample(
-    store: ObjectStore, url: str, table: MemberTable, row: int, extensions: Sequence[str]
+    store: ObjectStore, url: str, table: MemberTable, row: int, extensions: Sequence[str] | None
 ) -> Sample:
     """One raw sample of the tar at `url`, with those of its members that have these extensions.
 
@@ -148,6 +148,42 @@ def _read_members_of(
     return sample | {"__span__": row_span(table, row, row + 1, extensions)}
 
 
+Tables = tuple[MemberTable, ...]
+"""Of a shard, and of its sibling if it has one."""
+Windows = tuple[tuple[bytes, int], ...]
+"""Of the same, bytes and where they start in the tar."""
+
+
+def read_tables(store: ObjectStore, shard: Shard) -> Tables:
+    """The member tables of all tars that hold a shard's samples.
+
+    Raises:
+        ShardMismatchError: a table is another one than was indexed, or has other keys.
+    """
+    tables = tuple(read_members(store, tar) for tar in shard.tars)
+    if any(table.keys != tables[0].keys for table in tables):
+        raise ShardMismatchError(
+            f"{shard.tars[-1].url} does not hold the samples of {shard.url}; make it again from it"
+        )
+    return tables
+
+
+def read_joined(
+    store: ObjectStore, shard: Shard, tables: Tables, row: int, extensions: Sequence[str] | None
+) -> Sample:
+    """The same as `read_sample`, with the members that its sibling holds."""
+    main, *siblings = (
+        read_sample(store, tar.url, table, row, extensions)
+        for tar, table in zip(shard.tars, tables, strict=True)
+    )
+    return _joined(main, siblings)
+
+
+def _joined(main: Sample, siblings: Iterable[Sample]) -> Sample:
+    """What is known of a sample is said of its place in the shard itself."""
+    return {name: value for part in (*siblings, main) for name, value in part.items()}
+
+
 class Substitutes:
     """Takes a sample that cannot be used and returns the next candidate that can be read.
 
@@ -177,9 +213,9 @@ class Substitutes:
                 "__row__": row,
             }
             try:
-                table = read_members(self._store, shard)
-                start |= _where(table, row, self._extensions)
-                return start | read_sample(self._store, shard.url, table, row, self._extensions)
+                tables = read_tables(self._store, shard)
+                start |= _where(tables[0], row, self._extensions)
+                return start | read_joined(self._store, shard, tables, row, self._extensions)
             except BAD_SAMPLE_ERRORS as another:
                 letters = (*letters, _dead_letter(start, another))
         raise TooManyBadSamplesError(
@@ -236,8 +272,8 @@ class PositionedSamples:
         self._extensions = extensions
         self._replace = replace
         self._cache = cache
-        self._tables: OrderedDict[int, tuple[Shard, Future[MemberTable]]] = OrderedDict()
-        self._windows: dict[int, tuple[tuple[int, int], Future[tuple[bytes, int]]]] = {}
+        self._tables: OrderedDict[int, tuple[Shard, Future[Tables]]] = OrderedDict()
+        self._windows: dict[int, tuple[tuple[int, int], Future[Windows]]] = {}
 
     def __call__(self) -> Iterator[Sample]:
         with ThreadPoolExecutor(FETCH_THREADS, "fetch") as pool:
@@ -264,29 +300,36 @@ class PositionedSamples:
     def _request(self, block: NDArray[np.int64], pool: ThreadPoolExecutor) -> list["_Wanted"]:
         wanted = []
         for position, lane, number, row in block.T.tolist():
-            shard, table = self._table(number, pool)
+            shard, tables = self._table(number, pool)
             window = (number, row // self._order.window_rows)
             # A lane reads one window after the other, so the newest one of each lane is enough.
             if lane not in self._windows or self._windows[lane][0] != window:
-                content = pool.submit(self._fetch, shard, window[1], table)
+                content = pool.submit(self._fetch, shard, window[1], tables)
                 self._windows[lane] = (window, content)
-            wanted.append(_Wanted(position, shard, row, table, self._windows[lane][1]))
+            wanted.append(_Wanted(position, shard, row, tables, self._windows[lane][1]))
         while len(self._tables) > len(self._windows):
             self._tables.popitem(last=False)
         return wanted
 
-    def _table(self, number: int, pool: ThreadPoolExecutor) -> tuple[Shard, Future[MemberTable]]:
+    def _table(self, number: int, pool: ThreadPoolExecutor) -> tuple[Shard, Future[Tables]]:
         if number not in self._tables:
             shard = self._index.shards[number]
-            self._tables[number] = shard, pool.submit(read_members, self._store, shard)
+            self._tables[number] = shard, pool.submit(read_tables, self._store, shard)
         self._tables.move_to_end(number)
         return self._tables[number]
 
-    def _fetch(self, shard: Shard, window: int, table: Future[MemberTable]) -> tuple[bytes, int]:
-        members = table.result()
-        extensions = members.those_of(self._extensions)
+    def _fetch(self, shard: Shard, window: int, tables: Future[Tables]) -> Windows:
         first = window * self._order.window_rows
         last = min(first + self._order.window_rows, shard.num_samples)
+        return tuple(
+            self._fetch_of(tar, members, first, last)
+            for tar, members in zip(shard.tars, tables.result(), strict=True)
+        )
+
+    def _fetch_of(
+        self, shard: Shard, members: MemberTable, first: int, last: int
+    ) -> tuple[bytes, int]:
+        extensions = members.those_of(self._extensions)
         start, end = row_span(members, first, last, extensions)
         if end - start > MAX_WINDOW_BYTES:
             return b"", 0
@@ -308,37 +351,37 @@ class PositionedSamples:
         return self._cache.read(name, end - start, fetch, is_sound), start
 
     def _collect(self, wanted: list["_Wanted"]) -> Iterator[Sample]:
-        for position, shard, row, table, content in wanted:
+        for position, shard, row, tables, content in wanted:
             start: Sample = {"__position__": position, "__shard__": shard.url, "__row__": row}
             try:
-                read = self._read_one(shard, row, table, content)
+                read = self._read_one(shard, row, tables.result(), content)
             except BAD_SAMPLE_ERRORS as error:
                 if self._replace is None:
                     raise
-                if table.exception() is None:
-                    start |= _where(table.result(), row, self._extensions)
+                if tables.exception() is None:
+                    start |= _where(tables.result()[0], row, self._extensions)
                 yield self._replace(start, error)
             else:
                 yield start | read
 
-    def _read_one(
-        self,
-        shard: Shard,
-        row: int,
-        table: Future[MemberTable],
-        content: Future[tuple[bytes, int]],
-    ) -> Sample:
+    def _read_one(self, shard: Shard, row: int, tables: Tables, content: Future[Windows]) -> Sample:
         """Out of its window; by itself where that cannot be read, or is not what was indexed:
         other samples' trouble, or a transient fault, is none of this one's."""
-        members = table.result()
-        extensions = members.those_of(self._extensions)
         try:
-            window, base = content.result()
-            if window:
-                return member_sample(members, row, shard.url, window, base, extensions)
+            windows = content.result()
+            if all(window for window, _ in windows):
+                main, *siblings = (
+                    member_sample(
+                        members, row, tar.url, window, base, members.those_of(self._extensions)
+                    )
+                    for tar, members, (window, base) in zip(
+                        shard.tars, tables, windows, strict=True
+                    )
+                )
+                return _joined(main, siblings)
         except (ShardMismatchError, ObjectTooShortError):
             pass
-        return read_sample(self._store, shard.url, members, row, extensions)
+        return read_joined(self._store, shard, tables, row, self._extensions)
 
 
 class _Wanted(NamedTuple):
@@ -347,8 +390,8 @@ class _Wanted(NamedTuple):
     position: int
     shard: Shard
     row: int
-    table: Future[MemberTable]
-    content: Future[tuple[bytes, int]]
+    tables: Future[Tables]
+    content: Future[Windows]
 
 
 def looking_ahead(items: Iterable[T], depth: int) -> Iterator[T]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -26,6 +27,7 @@ from webdataset.pipeline import DataPipeline
 from configs.schema import DataConfig
 from data_pipelines.bad_samples import DeadLetter
 from data_pipelines.decoding import DecodeError
+from data_pipelines.encoded_set import MEMBER, MISSING, Shapes, unpack
 from data_pipelines.object_store import ObjectStore
 from data_pipelines.range_cache import RangeCache
 from data_pipelines.sample_images import IMAGE_EXTENSIONS, decode_sample_into
@@ -54,6 +56,8 @@ class Batch:
     """Of the samples that had to be replaced; `keys` has their substitutes."""
     labels: NDArray[np.int8] = field(default_factory=lambda: np.empty((0, 0), np.int8))
     """(B, A), where labels were asked for."""
+    encoded: dict[str, NDArray[np.float16]] = field(default_factory=dict)
+    """What a frozen model made of them beforehand, by name; each (B, ...)."""
     decode_seconds: float = 0.0
     """What its threads worked for it, all together."""
 
@@ -70,6 +74,7 @@ def open_stream(
     world_size: int,
     first_batch: int,
     attributes: Sequence[str] = (),
+    encoded: Shapes | None = None,
 ) -> Iterator[Batch]:
     """Endless decoded micro-batches of a rank, from global batch number `first_batch` on.
 
@@ -77,8 +82,10 @@ def open_stream(
 
     Args:
         attributes: to label each sample with, out of its json.
+        encoded: what to take of each sample's sibling, by name and shape.
     """
-    extensions = (*IMAGE_EXTENSIONS, LABELS_EXTENSION) if attributes else IMAGE_EXTENSIONS
+    labels = (LABELS_EXTENSION,) if attributes else ()
+    extensions = (*IMAGE_EXTENSIONS, *labels, *((MEMBER, MISSING) if encoded else ()))
     blocks = (
         batch_positions(batch, global_batch=global_batch, rank=rank, world_size=world_size)
         for batch in count(first_batch)
@@ -94,6 +101,7 @@ def open_stream(
             data.decode_threads,
             replace,
             attributes=attributes,
+            encoded=encoded or {},
             **crop,
         ),
     )
@@ -112,6 +120,7 @@ def decoded_batches(
     replace: Substitutes | None = None,
     place_of: Callable[[int], float] = lambda position: 0.5,
     attributes: Sequence[str] = (),
+    encoded: Shapes = MappingProxyType({}),
 ) -> Callable[[Iterable[Sample]], Iterator[Batch]]:
     """A pipeline stage from raw samples to batches: threads decode straight into the batch.
 
@@ -119,6 +128,7 @@ def decoded_batches(
         replace: makes another sample of one that cannot be decoded; without it, errors are raised.
         place_of: from a position to the place of the square that is cut.
         attributes: that the batches are labelled with.
+        encoded: what of the samples' siblings they hold.
     """
 
     def decode(samples: list[Sample], out: NDArray[np.uint8]) -> tuple[list[Sample], float]:
@@ -133,6 +143,8 @@ def decoded_batches(
                 decode_sample_into(out, sample, place_of(sample["__position__"]))
                 if attributes:
                     sample["__labels__"] = labels_in(sample, attributes)
+                if encoded:
+                    sample["__encoded__"] = unpack(sample, encoded)
             except (DecodeError, LabelError) as error:
                 if replace is None:
                     raise
@@ -171,6 +183,10 @@ def _batch_of(images: NDArray[np.uint8], pieces: list[tuple[list[Sample], float]
         tuple(sample["__key__"] for sample in samples),
         tuple(letter for sample in samples for letter in sample.get("__letters__", ())),
         np.array([sample.get("__labels__", ()) for sample in samples], np.int8),
+        {
+            name: np.stack([sample["__encoded__"][name] for sample in samples])
+            for name in samples[0].get("__encoded__", ())
+        },
         sum(seconds for _, seconds in pieces),
     )
 

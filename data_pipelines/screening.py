@@ -65,7 +65,8 @@ def screen(sample: Sample, config: PreprocessConfig) -> Kept | Dropped:
         pixels = decode_image(image, config.image_size_px)
     except (DecodeError, _UnreadableError) as error:
         return Dropped("failed", _kind_of(error))
-    described = {
+    described = {} if caption is None else {"caption": caption}
+    described |= {
         **{name: value for name, value in metadata.items() if name != "key"},
         "raw": {"tar": sample["__url__"], "key": sample["__key__"]},
         "original_width": width,

@@ -14,7 +14,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, overload
 
@@ -69,6 +69,13 @@ class Shard:
     num_samples: int
     members_sha256: str
     """Of the member table's content."""
+    sibling: "Shard | None" = None
+    """A tar of another set that holds more members of the same samples, in the same order."""
+
+    @property
+    def tars(self) -> "tuple[Shard, ...]":
+        """All that hold members of its samples."""
+        return (self,) if self.sibling is None else (self, self.sibling)
 
     @property
     def url(self) -> str:
@@ -94,6 +101,23 @@ class ShardIndex:
         self.table: pa.Table = shards if isinstance(shards, pa.Table) else _table_of(shards)
         self.folders: tuple[tuple[str, int], ...] = ((url, len(self.table)),)
         """URL and number of shards of each set."""
+        self._sibling: ShardIndex | None = None
+
+    def beside(self, sibling: "ShardIndex") -> "ShardIndex":
+        """The same shards, each with its sibling of another set, which has the same names.
+
+        Raises:
+            ShardMismatchError: shards or samples are not the same ones.
+        """
+        same = all(self.table[name].equals(sibling.table[name]) for name in ("name", "num_samples"))
+        if len(self.folders) != 1 or not same:
+            raise ShardMismatchError(
+                f"{sibling.url} does not have the shards of {self.url}, sample by sample; make it "
+                f"again from them"
+            )
+        found = ShardIndex(self.url, self.table)
+        found._sibling = sibling
+        return found
 
     @classmethod
     def joined(cls, sets: "Sequence[ShardIndex]") -> "ShardIndex":
@@ -124,7 +148,8 @@ class ShardIndex:
 
     @property
     def shards(self) -> "ShardRows":
-        return ShardRows(self.table, self.folders)
+        siblings = None if self._sibling is None else self._sibling.shards
+        return ShardRows(self.table, self.folders, siblings)
 
     @property
     def sizes(self) -> NDArray[np.int64]:
@@ -157,10 +182,16 @@ class ShardIndex:
 class ShardRows(Sequence[Shard]):
     """The rows of an index, made into `Shard`s one by one as they are asked for."""
 
-    def __init__(self, table: pa.Table, folders: Sequence[tuple[str, int]]) -> None:
+    def __init__(
+        self,
+        table: pa.Table,
+        folders: Sequence[tuple[str, int]],
+        siblings: "ShardRows | None" = None,
+    ) -> None:
         self._columns = [table[name] for name in _SCHEMA.names]
         self._folders = [url for url, _ in folders]
         self._ends = list(accumulate(shards for _, shards in folders))
+        self._siblings = siblings
 
     def __len__(self) -> int:
         return len(self._columns[0])
@@ -174,12 +205,16 @@ class ShardRows(Sequence[Shard]):
             return [self[n] for n in range(*number.indices(len(self)))]
         number = range(len(self))[number]
         values = (column[number].as_py() for column in self._columns)
-        return _shard_of(self._folder_of(number), values)
+        return self._shard(number, values)
 
     def __iter__(self) -> Iterator[Shard]:
         lists = (column.to_pylist() for column in self._columns)
         for number, values in enumerate(zip(*lists, strict=True)):
-            yield _shard_of(self._folder_of(number), values)
+            yield self._shard(number, values)
+
+    def _shard(self, number: int, values: Iterable[Any]) -> Shard:
+        shard = _shard_of(self._folder_of(number), values)
+        return replace(shard, sibling=self._siblings[number]) if self._siblings else shard
 
     def _folder_of(self, number: int) -> str:
         return self._folders[bisect_right(self._ends, number)]

@@ -55,19 +55,19 @@ def write_keyed_shard(
         (key, {extension: image, "json": json.dumps({"key": key, **metadata}, sort_keys=True)})
         for key, extension, image, metadata in samples
     )
-    return write_members(store, url, number, described)
+    return write_members(store, url, shard_name(number), described)
 
 
 def write_members(
     store: ObjectStore,
     url: str,
-    number: int,
+    name: str,
     samples: Iterable[tuple[str, Mapping[str, bytes | str]]],
 ) -> Shard:
-    """The same from (key, members by extension)."""
+    """Publish the shard of a name from (key, members by extension)."""
     buffer = io.BytesIO()
     _write_tar(buffer, samples)
-    return publish_shard(store, url, shard_name(number), buffer.getvalue())
+    return publish_shard(store, url, name, buffer.getvalue())
 
 
 def write_tar(

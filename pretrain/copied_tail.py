@@ -153,9 +153,16 @@ class CopiedTail(nn.Module):
         """The frozen model, as it is run."""
         return self._outside[0]
 
-    def look(self, x_BCHW: Tensor, t_B: Tensor) -> TailPass:
-        """Everything that the frozen model contributes at (x_t, t)."""
+    def look(self, x_BCHW: Tensor, t_B: Tensor, *caption: Tensor) -> TailPass:
+        """Everything that the frozen model contributes at (x_t, t).
+
+        Args:
+            caption: embeddings of each image's caption, token by token and, where the model takes
+                them, pooled; instead of what every image is told alike.
+        """
         condition = tree_map_only(Tensor, partial(_for_each, x_BCHW=x_BCHW), self._condition)
+        if caption:
+            condition = with_caption(condition, *caption)
         if not self._is_flow:
             return self.trunk(x_BCHW, t_B, condition)
         schedule = self._schedule.to(x_BCHW.device)
@@ -175,6 +182,18 @@ class CopiedTail(nn.Module):
         for module in self._steered:
             module.given_z_BE = emb_z
         return run_model(self.tail, frozen.x_BCHW, frozen.time_B, frozen.condition)
+
+
+def with_caption(
+    condition: Condition, prompt_BLE: Tensor, pooled_BE: Tensor | None = None
+) -> Condition:
+    """A condition that tells a caption, in the words of the model that it was made for."""
+    told = {**condition, "encoder_hidden_states": prompt_BLE}
+    if "pooled_projections" in condition:
+        told["pooled_projections"] = pooled_BE
+    if "added_cond_kwargs" in condition:
+        told["added_cond_kwargs"] = {**condition["added_cond_kwargs"], "text_embeds": pooled_BE}
+    return told
 
 
 def _for_each(told: Tensor, *, x_BCHW: Tensor) -> Tensor:

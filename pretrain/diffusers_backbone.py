@@ -11,7 +11,8 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
@@ -82,6 +83,11 @@ class DiffusersBackbone:
     card_sha256: None = None
     """The digest of the folder is over its configurations too."""
 
+    @property
+    def takes_pooled(self) -> bool:
+        """Whether it is told pooled embeddings of a caption beside those of its tokens."""
+        return not self.condition.keys().isdisjoint({"pooled_projections", "added_cond_kwargs"})
+
     def make_decoder(self, latent_dim: int) -> CopiedTail:
         """The trainable decoder beside it."""
         return CopiedTail(
@@ -135,6 +141,24 @@ def load_diffusers(
     Raises:
         BackboneError: another digest, a part that is missing or does not fit, another format.
     """
+    with pinned_folder(store, config) as folder:
+        return read_pipeline(
+            folder,
+            config.folder,
+            config.sha256,
+            WEIGHTS,
+            tail_blocks=config.tail_blocks,
+            image_size_px=image_size_px,
+        )
+
+
+@contextmanager
+def pinned_folder(store: ObjectStore, config: DiffusersConfig) -> Iterator[Path]:
+    """The folder that `config` pins, on this machine as long as the block.
+
+    Raises:
+        BackboneError: another digest, no model of diffusers, or one without weights.
+    """
     if config.folder.startswith(BUILTIN_PREFIX):
         raise BackboneError(
             f"backbone {config.folder} is a shape to plan by and has no weights; fetch the model "
@@ -149,14 +173,7 @@ def load_diffusers(
                 f"task.backbone.sha256 pins {config.sha256}; use the pinned folder, or pin this "
                 f"one if the change is meant"
             )
-        return read_pipeline(
-            folder,
-            config.folder,
-            digest,
-            WEIGHTS,
-            tail_blocks=config.tail_blocks,
-            image_size_px=image_size_px,
-        )
+        yield folder
 
 
 def read_pipeline(
@@ -175,7 +192,7 @@ def read_pipeline(
     """
     model = source.model(folder, _part(folder, url, ("unet", "transformer")), _DENOISERS)
     schedule, prediction = _schedule(folder, url)
-    latents = _latents(folder, source)
+    latents = latents_of(folder, source)
     size = _checked_size(model, latents, image_size_px)
     return DiffusersBackbone(
         model=model,
@@ -351,7 +368,7 @@ def _schedule(folder: Path, url: str) -> tuple[NoiseSchedule, Prediction]:
     return schedule_of(scheduler.alphas_cumprod), _PREDICTIONS[kind]
 
 
-def _latents(folder: Path, source: Source) -> Latents | None:
+def latents_of(folder: Path, source: Source) -> Latents | None:
     if not (folder / "vae" / "config.json").is_file():
         return None
     vae = source.model(folder, "vae", ("AutoencoderKL",))
@@ -402,14 +419,30 @@ def pipeline_of(folder: Path) -> str:
     return name
 
 
-@torch.no_grad()
 def _null_prompt(folder: Path, model: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Embeddings that the pipeline puts in the place of no prompt, of one image, and pooled."""
+    found = _embeddings(_text_pipeline(folder, model), [""], guided=True)
+    return found[1], found[3] if len(found) == 4 else None
+
+
+def caption_encoder(folder: Path, device: torch.device) -> Callable[[list[str]], dict[str, Tensor]]:
+    """From texts to `prompt` (B, L, E) and, for models that take them, `pooled` (B, E)."""
+    pipeline = _text_pipeline(folder, None).to(device)
+
+    def encode(texts: list[str]) -> dict[str, Tensor]:
+        found = _embeddings(pipeline, texts, guided=False)
+        return {"prompt": found[0]} | ({"pooled": found[2]} if len(found) == 4 else {})
+
+    return encode
+
+
+def _text_pipeline(folder: Path, model: nn.Module | None) -> Any:
+    """The pipeline with its text encoders and tokenizers, which makes embeddings of prompts."""
     kind = getattr(quiet_diffusers(), pipeline_of(folder))
     wanted, _ = kind._get_signature_keys(kind)
     denoiser = "transformer" if "transformer" in wanted else "unet"
     read = [part for part in _TEXT_PARTS if (folder / part).is_dir()]
-    pipeline = kind.from_pretrained(
+    return kind.from_pretrained(
         folder,
         use_safetensors=True,
         local_files_only=True,
@@ -418,14 +451,21 @@ def _null_prompt(folder: Path, model: nn.Module) -> tuple[Tensor, Tensor | None]
         **dict.fromkeys(set(wanted) - {"scheduler", denoiser, *read}),
         **{denoiser: model},
     )
+
+
+@torch.no_grad()
+def _embeddings(pipeline: Any, texts: list[str], *, guided: bool) -> tuple[Tensor, ...]:
+    """Of prompts and, where `guided`, of none; then the pooled ones, where there are any."""
     encode = pipeline.encode_prompt
     prompts = {
-        name: "" for name in signature(encode).parameters if re.fullmatch(r"prompt(_\d)?", name)
+        name: texts for name in signature(encode).parameters if re.fullmatch(r"prompt(_\d)?", name)
     }
-    found = encode(
-        **prompts, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True
+    return encode(
+        **prompts,
+        device=pipeline.device,
+        num_images_per_prompt=1,
+        do_classifier_free_guidance=guided,
     )
-    return found[1], found[3] if len(found) == 4 else None
 
 
 WEIGHTS = Source(_load, _null_prompt)

@@ -116,16 +116,26 @@ class DiTi(nn.Module):
         frozen = self.decoder.look(xt_BCHW, t_B)
         return self._epsilon(frozen, xt_BCHW, t_B), self.decoder(frozen, condition_BD)
 
-    def forward(self, x0_BCHW: Tensor, t_B: Tensor, noise_BCHW: Tensor) -> Tensor:
+    def forward(
+        self,
+        x0_BCHW: Tensor,
+        t_B: Tensor,
+        noise_BCHW: Tensor,
+        latents_BCHW: Tensor | None = None,
+        *caption: Tensor,
+    ) -> Tensor:
         """Loss of each sample in the task's mode; float32 (B,).
 
         Args:
             x0_BCHW: images in [-1, 1].
             noise_BCHW: of `noise_shape`.
+            latents_BCHW: of the images, where they were made beforehand.
+            caption: embeddings of theirs, if that is what the backbone is told.
         """
-        xt = self.schedule.add_noise(self.to_latents(x0_BCHW), t_B, noise_BCHW)
+        latents = self.to_latents(x0_BCHW) if latents_BCHW is None else latents_BCHW
+        xt = self.schedule.add_noise(latents, t_B, noise_BCHW)
         with self.clock("backbone forward"):
-            frozen = self.decoder.look(xt, t_B)
+            frozen = self.decoder.look(xt, t_B, *caption)
             epsilon = self._epsilon(frozen, xt, t_B)
         z = self.encoder(x0_BCHW)
         losses = [

@@ -25,7 +25,8 @@ def to_tensors(
     """A micro-batch as the model takes it, on the device.
 
     Returns:
-        Images in [-1, 1]; then time-steps and noise, or the labels, or only noise.
+        Images in [-1, 1]; then time-steps and noise, or the labels, or only noise. Time-steps and
+        noise are followed by latents and embeddings of captions that were made beforehand.
     """
     pixels_BHWC = torch.from_numpy(batch.images).to(device)
     images = pixels_BHWC.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
@@ -35,15 +36,18 @@ def to_tensors(
         global_batch=config.train.global_batch,
         noise_shape=noise_shape(model, config.data.image_size_px),
     )
+    mirrored = drawn.flip_B.to(device)[:, None, None, None]
     if config.data.horizontal_flip:
-        mirrored = drawn.flip_B.to(device)[:, None, None, None]
         images = torch.where(mirrored, images.flip(3), images)
     if isinstance(model, Classifier):
         return images, torch.from_numpy(batch.labels).to(device)
     noise = drawn.noise_BCHW.to(device)
     if isinstance(model, OfTimesteps):
         t_B = torch.from_numpy(model.timesteps.quantile(drawn.place_B))
-        return images, t_B.to(device), noise
+        made = {name: torch.from_numpy(a).to(device).float() for name, a in batch.encoded.items()}
+        if config.data.horizontal_flip and made:
+            made["latent"] = torch.where(mirrored, made.pop("mirrored"), made["latent"])
+        return images, t_B.to(device), noise, *made.values()
     return images, noise
 
 

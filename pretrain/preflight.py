@@ -30,6 +30,7 @@ from pretrain import checkpoint
 from pretrain.attention import DTYPES, choose_kernel
 from pretrain.baselines import make_baseline
 from pretrain.diti import DiTi
+from pretrain.encoded import open_encoded
 from pretrain.frozen import load_frozen
 from pretrain.resumable import changed_settings, check_resumable
 from pretrain.run_plan import RunPlan, plan_run
@@ -138,6 +139,7 @@ def preflight(
         size = config.data.image_size_px
         backbone = load_frozen(store, config.task.backbone, image_size_px=size)
         model = DiTi(config.task, backbone, image_size_px=size)
+        open_encoded(store, config, index, backbone)
         if newest is None:
             load_start(model, store)
     elif not isinstance(config.task, DenoiserTask):

@@ -76,7 +76,9 @@ def replay(config: RunConfig, step: int, allow_change: Sequence[str] = ()) -> Re
     )  # fmt: skip
     model.train()
     order = sample_order(config, index)
-    batches = open_batches(store, index, order, config, plan, world, first_batch=manifest.step)
+    batches = open_batches(
+        store, index, order, config, plan, world, backbone, first_batch=manifest.step
+    )
 
     samples: list[ReplayedSample] = []
     loss = torch.zeros(())

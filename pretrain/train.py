@@ -30,6 +30,7 @@ from pretrain.denoiser import Denoiser
 from pretrain.diffae import DiffAe
 from pretrain.diti import DiTi
 from pretrain.ema import Ema
+from pretrain.encoded import open_encoded
 from pretrain.engine import Engine, place_frozen
 from pretrain.error_budget import ErrorBudget
 from pretrain.fence import enter_together
@@ -134,7 +135,7 @@ def run(
     )
 
     # --- loop --------------------------------------------------------------------------------
-    batches = open_batches(store, index, order, config, plan, world, first_batch=step)
+    batches = open_batches(store, index, order, config, plan, world, backbone, first_batch=step)
     window, watch = Window(), LossWatch()
     model.train()
     progress: Progress | None = None
@@ -300,10 +301,16 @@ def open_batches(
     config: RunConfig,
     plan: RunPlan,
     world: World,
+    backbone: Frozen | None,
     *,
     first_batch: int,
 ) -> Iterator[Batch]:
-    """This rank's micro-batches, from global batch number `first_batch` on."""
+    """This rank's micro-batches, from global batch number `first_batch` on.
+
+    Raises:
+        EncodedMismatchError: `data.encoded` is not what `backbone` would make of the shards.
+    """
+    index, encoded = open_encoded(store, config, index, backbone)
     return open_stream(
         store,
         index,
@@ -315,6 +322,7 @@ def open_batches(
         world_size=world.size,
         first_batch=first_batch,
         attributes=config.task.attributes if isinstance(config.task, LabelsTask) else (),
+        encoded=encoded,
     )
 
 

@@ -10,6 +10,8 @@ from configs.schema import EngineConfig, RunConfig
 from data_pipelines.object_store import StoreError
 from data_pipelines.sample_order import legal_world_sizes
 from data_pipelines.shard_index import read_sets
+from pretrain.encoded import backbone_of, open_encoded
+from pretrain.frozen import untrained_frozen
 from pretrain.memory_plan import in_host_memory, plan_data, plan_memory, sizes_of_run
 from pretrain.preflight import open_store
 from pretrain.run_plan import RunPlan, plan_run
@@ -45,12 +47,18 @@ def look_ahead(config: RunConfig, world_size: int) -> Outlook:
     Raises:
         ValueError: the global batch cannot be split over so many workers.
         BackboneError: the backbone's card cannot be read. Its weights need not be there.
+        EncodedMismatchError: `data.encoded` was made from other images, by another model, or
+            otherwise.
     """
     plan, store = plan_run(config.train, world_size), open_store(config)
     sizes, use_gpu = sizes_of_run(config, store, plan), config.cluster.use_gpu
     data, not_counted = {}, ""
     try:
-        data = {"data": plan_data(config, read_sets(store, config.data.folders), plan)}
+        index = read_sets(store, config.data.folders)
+        data = {"data": plan_data(config, index, plan)}
+        if config.data.encoded is not None:
+            told, size = backbone_of(config), config.data.image_size_px
+            open_encoded(store, config, index, untrained_frozen(store, told, size))
     except StoreError as error:
         not_counted = f"the loader is not counted: {error}"
     return Outlook(

@@ -60,6 +60,35 @@ def preprocess(
 
 
 @app.command()
+def encode(
+    run_file: Annotated[
+        Path, typer.Argument(metavar="RUN.YAML", help="A run with data.encoded: where to.")
+    ],
+    overrides: Overrides = None,
+    workers: Workers = CORES,
+) -> None:
+    """Make latents, and embeddings of captions, of a run's shards beforehand.
+
+    The run file says of which shards, by which backbone, whether of captions
+    (task.backbone.condition) and of mirrored images (data.horizontal_flip), and where to
+    (data.encoded). With cluster.use_gpu each worker has a GPU. Run it again to go on.
+
+    Example: diti data encode configs/runs/laion512_sd21.yaml data.encoded=s3://bucket/encoded
+    """
+    with clear_errors(goes_on=True):
+        from configs.loading import load_run
+
+        config = load_run(run_file, tuple(overrides or ()))
+        from cluster.encode import encode_set
+        from tools.progress import shard_bar
+
+        with shard_bar("encoding") as show:
+            found, encoding = encode_set(config, num_workers=workers, on_progress=show)
+        shapes = ", ".join(f"{name} {shape}" for name, shape in encoding.shapes.items())
+        typer.echo(f"{size_of(found)} at {config.data.encoded}: {shapes} in float16")
+
+
+@app.command()
 def index(
     url: Annotated[
         str,
