@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="fp32", choices=list(DTYPES), help="default fp32")
     parser.add_argument("overrides", nargs="*", help="of the recipe, as task.encoder.size=S")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     run = load_run(
         Path(configs.__file__).parent / "runs" / f"{RECIPES[args.model]}.yaml", args.overrides
     )
