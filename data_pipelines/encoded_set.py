@@ -119,9 +119,10 @@ def beside(store: ObjectStore, index: ShardIndex, url: str | None) -> ShardIndex
     return index if url is None else index.beside(read_index(store, url))
 
 
-def pack(tensors: dict[str, NDArray[Any]]) -> bytes:
+def pack(tensors: Mapping[str, NDArray[Any]]) -> bytes:
     """A sample's member, in float16."""
-    return save({name: tensor.astype(np.float16) for name, tensor in tensors.items()})
+    # Of an array that lies in another order, safetensors takes the bytes as they lie.
+    return save({name: np.ascontiguousarray(a, np.float16) for name, a in tensors.items()})
 
 
 def unpack(sample: Sample, shapes: Shapes) -> dict[str, NDArray[np.float16]]:

@@ -156,8 +156,8 @@ def open_encoded(
     return beside(store, index, url), shapes
 
 
-def encode_shard(store: ObjectStore, encoders: Encoders, shard: Shard, out_url: str) -> None:
-    """Write what is encoded of one shard below `out_url`.
+def encode_shard(store: ObjectStore, encoders: Encoders, shard: Shard, out_url: str) -> Shard:
+    """Write what is encoded of one shard below `out_url`; its line of the index there.
 
     A sample that cannot be used has its reason in the place of tensors.
 
@@ -169,7 +169,7 @@ def encode_shard(store: ObjectStore, encoders: Encoders, shard: Shard, out_url: 
         (key, {MISSING: made.encode()} if isinstance(made, str) else {MEMBER: pack(made)})
         for key, made in _encoded(encoders, samples)
     )
-    write_members(store, out_url, shard.name, members)
+    return write_members(store, out_url, shard.name, members)
 
 
 def _encoded(
