@@ -35,6 +35,7 @@ _DENOISERS = (
     "DiTTransformer2DModel",
     "SD3Transformer2DModel",
 )
+_DENOISER_PARTS = ("unet", "transformer")
 _PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline")
 _TEXT_PARTS = [f"{part}{n}" for part in ("text_encoder", "tokenizer") for n in ("", "_2", "_3")]
 _READ = (".json", ".safetensors", ".txt", ".model")
@@ -190,7 +191,7 @@ def read_pipeline(
     Raises:
         BackboneError: a part is missing, is of another class, or does not fit.
     """
-    model = source.model(folder, _part(folder, url, ("unet", "transformer")), _DENOISERS)
+    model = source.model(folder, _part(folder, url, _DENOISER_PARTS), _DENOISERS)
     schedule, prediction = _schedule(folder, url)
     latents = latents_of(folder, source)
     size = _checked_size(model, latents, image_size_px)
@@ -421,22 +422,30 @@ def pipeline_of(folder: Path) -> str:
 
 def _null_prompt(folder: Path, model: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Embeddings that the pipeline puts in the place of no prompt, of one image, and pooled."""
-    found = _embeddings(_text_pipeline(folder, model), [""], guided=True)
+    pipeline = _text_pipeline(folder, model)
+    found = _embeddings(pipeline, [""], torch.device("cpu"), guided=True)
     return found[1], found[3] if len(found) == 4 else None
 
 
 def caption_encoder(folder: Path, device: torch.device) -> Callable[[list[str]], dict[str, Tensor]]:
     """From texts to `prompt` (B, L, E) and, for models that take them, `pooled` (B, E)."""
-    pipeline = _text_pipeline(folder, None).to(device)
+    part = _part(folder, str(folder), _DENOISER_PARTS)
+    kind = class_of(folder, part, _DENOISERS)
+    with torch.device("meta"):  # the pipeline asks for its shape only
+        model = kind.from_config(kind.load_config(folder / part))
+    pipeline = _text_pipeline(folder, model)
+    for name in _TEXT_PARTS:
+        if isinstance(encoder := getattr(pipeline, name, None), nn.Module):
+            encoder.to(device)
 
     def encode(texts: list[str]) -> dict[str, Tensor]:
-        found = _embeddings(pipeline, texts, guided=False)
+        found = _embeddings(pipeline, texts, device, guided=False)
         return {"prompt": found[0]} | ({"pooled": found[2]} if len(found) == 4 else {})
 
     return encode
 
 
-def _text_pipeline(folder: Path, model: nn.Module | None) -> Any:
+def _text_pipeline(folder: Path, model: nn.Module) -> Any:
     """The pipeline with its text encoders and tokenizers, which makes embeddings of prompts."""
     kind = getattr(quiet_diffusers(), pipeline_of(folder))
     wanted, _ = kind._get_signature_keys(kind)
@@ -454,7 +463,9 @@ def _text_pipeline(folder: Path, model: nn.Module | None) -> Any:
 
 
 @torch.no_grad()
-def _embeddings(pipeline: Any, texts: list[str], *, guided: bool) -> tuple[Tensor, ...]:
+def _embeddings(
+    pipeline: Any, texts: list[str], device: torch.device, *, guided: bool
+) -> tuple[Tensor, ...]:
     """Of prompts and, where `guided`, of none; then the pooled ones, where there are any."""
     encode = pipeline.encode_prompt
     prompts = {
@@ -462,7 +473,7 @@ def _embeddings(pipeline: Any, texts: list[str], *, guided: bool) -> tuple[Tenso
     }
     return encode(
         **prompts,
-        device=pipeline.device,
+        device=device,
         num_images_per_prompt=1,
         do_classifier_free_guidance=guided,
     )

@@ -215,11 +215,11 @@ def test_a_backbone_on_pixels_has_nothing_to_encode(tmp_path: Path) -> None:
 
 
 def test_settings_that_do_not_go_together_are_refused_when_they_are_read(tmp_path: Path) -> None:
-    text = RUN.format(folder=tmp_path, sha256="0" * 64)
+    text = RUN.format(folder=tmp_path, sha256="a" * 64)
     for overrides, message in (
         ((CAPTION,), "caption needs data.encoded"),
         (("data.encoded=e", "data.crop=random"), "use crop centre"),
-        (("data.encoded=e", "task.backbone={weights: w, sha256: " + "0" * 64 + "}"), "needs task"),
+        (("data.encoded=e", "task.backbone={weights: w, sha256: " + "a" * 64 + "}"), "needs task"),
     ):
         with pytest.raises(ConfigError, match=message):
             parse_run(text, overrides)
