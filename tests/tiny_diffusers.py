@@ -17,7 +17,9 @@ _UNET = {
 _TEXT_DIM = 16
 
 
-def save_pipeline(kind: str, folder: Path, *, prediction: str = "epsilon") -> None:
+def save_pipeline(
+    kind: str, folder: Path, *, prediction: str = "epsilon", scaling_factor: float = 0.5
+) -> None:
     """A pipeline for 16 px images: pixels for `ddpm`, else latents of 8x8."""
     import diffusers
 
@@ -45,10 +47,10 @@ def save_pipeline(kind: str, folder: Path, *, prediction: str = "epsilon") -> No
                 num_embeds_ada_norm=10,
             )
             scheduler = diffusers.DDIMScheduler(**noise)
-            made = diffusers.DiTPipeline(_rough(transformer), _vae(), scheduler)
+            made = diffusers.DiTPipeline(_rough(transformer), _vae(scaling_factor), scheduler)
         case "stable-diffusion":
             made = diffusers.StableDiffusionPipeline(
-                vae=_vae(),
+                vae=_vae(scaling_factor),
                 text_encoder=_text_encoder(),
                 tokenizer=_tokenizer(),
                 unet=_rough(_conditional_unet()),
@@ -64,7 +66,7 @@ def save_pipeline(kind: str, folder: Path, *, prediction: str = "epsilon") -> No
                 "cross_attention_dim": 2 * _TEXT_DIM,
             }
             made = diffusers.StableDiffusionXLPipeline(
-                vae=_vae(),
+                vae=_vae(scaling_factor),
                 text_encoder=_text_encoder(),
                 text_encoder_2=_text_encoder(projected=True),
                 tokenizer=_tokenizer(),
@@ -88,7 +90,7 @@ def save_pipeline(kind: str, folder: Path, *, prediction: str = "epsilon") -> No
             made = diffusers.StableDiffusion3Pipeline(
                 transformer=_rough(transformer),
                 scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
-                vae=_vae(shift_factor=0.1),
+                vae=_vae(scaling_factor, shift_factor=0.1),
                 text_encoder=_text_encoder(projected=True),
                 tokenizer=_tokenizer(),
                 text_encoder_2=_text_encoder(projected=True),
@@ -107,7 +109,7 @@ def _rough(model: nn.Module) -> nn.Module:
     return model
 
 
-def _vae(**more: float) -> nn.Module:
+def _vae(scaling_factor: float, **more: float) -> nn.Module:
     import diffusers
 
     return diffusers.AutoencoderKL(
@@ -116,7 +118,7 @@ def _vae(**more: float) -> nn.Module:
         block_out_channels=(8, 16),
         latent_channels=4,
         norm_num_groups=8,
-        scaling_factor=0.5,
+        scaling_factor=scaling_factor,
         **more,
     )
 
