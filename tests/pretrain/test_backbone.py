@@ -146,7 +146,7 @@ def test_what_the_card_always_holds_is_not_replaced(tmp_path: Path, unet: UNet) 
 def test_the_packaged_backbone_loads() -> None:
     url = "builtin/avatars32.safetensors"
     backbone = load_backbone(STORE, BackboneConfig(weights=url, sha256=pin_backbone(STORE, url)))
-    assert (backbone.image_size_px, backbone.prediction) == (32, "epsilon")
+    assert (backbone.image_size_px, backbone.prediction) == (32, "v")
 
 
 def test_the_pin_is_the_files_sha256(config: BackboneConfig):

@@ -56,7 +56,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, world: World) -> Path:
         STORE,
         str(folder),
         "task.backbone.weights=builtin/avatars32.safetensors",
-        "task.backbone.sha256=44bb6fe428000088a388334e45f89d7cc4ae8a0ef83d69d6075b0257d18b1e89",
+        "task.backbone.sha256=ea5a58fd0868b7f18ab147bbf5688f5bb20df4fd4dd5b8fd2a78830c3bc66668",
         *("train.global_batch=8", "train.total_images=8", "train.checkpoint_every_images=8"),
         "cluster.num_workers=1",
     )
