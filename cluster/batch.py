@@ -1,6 +1,5 @@
 """A task on each of many files of a folder, on Ray actors that lease them from the coordinator."""
 
-import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -44,9 +43,7 @@ def on_each(
         actor: Any = ray.remote(num_cpus=1, max_restarts=3, max_task_retries=3)(_Worker)
         workers = [actor.remote(store, url, task) for _ in range(min(num_workers, len(names)))]
         try:
-            state, results = run_workers(
-                f"batch-{uuid.uuid4().hex[:8]}", store, work, workers, on_progress
-            )
+            state, results = run_workers(_queue_of(work, task), store, work, workers, on_progress)
         except (StoreError, RayError) as error:
             raise BatchFailedError(
                 f"work on {url} stopped: {last_line(error)}. What is done is kept; run the same "

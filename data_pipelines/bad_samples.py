@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
-from data_pipelines.decoding import DecodeError
+from data_pipelines.decoding import DecodeError, NotEncodedError
 from data_pipelines.object_store import (
     BucketMissingError,
     ObjectMissingError,
@@ -72,6 +72,8 @@ def cause_of(error: Exception) -> str:
     match error:
         case BucketMissingError():
             raise error
+        case NotEncodedError():
+            return "no latent"
         case DecodeError():
             return "undecodable image"
         case LabelError():

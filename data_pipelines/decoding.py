@@ -36,6 +36,14 @@ class DecodeError(ValueError):
     """The bytes are not an image that can be used."""
 
 
+class TooManyPixelsError(DecodeError):
+    """An image claims more than MAX_PIXELS."""
+
+
+class NotEncodedError(DecodeError):
+    """What a model was to make of an image beforehand is not there."""
+
+
 def decode_image(data: bytes, size_px: int) -> NDArray[np.uint8]:
     """Decode, cut the centre square, resize, turn upright; (size_px, size_px, 3) uint8 RGB.
 
@@ -195,4 +203,4 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
 
 def _check_size(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
-        raise DecodeError(f"{width}x{height} pixels are more than the limit of {MAX_PIXELS}")
+        raise TooManyPixelsError(f"{width}x{height} pixels are more than the limit of {MAX_PIXELS}")

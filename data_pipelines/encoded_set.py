@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from configs.loading import sealed, unsealed
-from data_pipelines.decoding import DecodeError
+from data_pipelines.decoding import NotEncodedError
 from data_pipelines.object_store import ObjectStore, join
 from data_pipelines.sample_reader import Sample
 from data_pipelines.shard_index import ShardIndex, read_index
@@ -129,17 +129,17 @@ def unpack(sample: Sample, shapes: Shapes) -> dict[str, NDArray[np.float16]]:
     """These tensors of a raw sample.
 
     Raises:
-        DecodeError: it has none, or others.
+        NotEncodedError: it has none, or others.
     """
     where = f"sample {sample['__key__']} of {sample['__url__']}"
     if MEMBER not in sample:
         why = sample.get(MISSING, b"nothing is encoded of it").decode(errors="replace")
-        raise DecodeError(f"{where} has no latent: {why}")
+        raise NotEncodedError(f"{where} has no latent: {why}")
     try:
         found = load(sample[MEMBER])
         return {name: _checked(found[name], shape) for name, shape in shapes.items()}
     except (SafetensorError, KeyError, ValueError) as error:
-        raise DecodeError(f"{where} has no usable latent: {error}") from error
+        raise NotEncodedError(f"{where} has no usable latent: {error}") from error
 
 
 def _checked(tensor: NDArray[Any], shape: tuple[int, ...]) -> NDArray[np.float16]:

@@ -15,7 +15,12 @@ import simplejpeg
 from numpy.typing import NDArray
 
 from configs.preprocess import FiltersConfig, PreprocessConfig
-from data_pipelines.decoding import DecodeError, decode_image, image_size
+from data_pipelines.decoding import (
+    DecodeError,
+    TooManyPixelsError,
+    decode_image,
+    image_size,
+)
 from data_pipelines.perceptual_hash import perceptual_hash
 from data_pipelines.sample_images import IMAGE_EXTENSIONS
 from data_pipelines.sample_reader import Sample
@@ -91,19 +96,25 @@ def _kind_of(error: ValueError) -> str:
     """To count by; numbers of one image are left out."""
     if isinstance(error, _UnreadableError):
         return str(error)
-    return "too many pixels" if "more than the limit" in str(error) else "undecodable image"
+    return "too many pixels" if isinstance(error, TooManyPixelsError) else "undecodable image"
 
 
 def _metadata(sample: Sample) -> dict[str, Any]:
     if "json" not in sample:
         return {}
     try:
-        found = json.loads(sample["json"])
+        found = json.loads(sample["json"], parse_constant=lambda name: None, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise _UnreadableError("unreadable json") from error
     if not isinstance(found, dict):
         raise _UnreadableError("unreadable json")
     return found
+
+
+def _finite(text: str) -> float | None:
+    """What is no number in JSON either (img2dataset writes NaN for a score that it lacks) is null."""
+    number = float(text)
+    return number if math.isfinite(number) else None
 
 
 def _caption(sample: Sample) -> str | None:

@@ -22,9 +22,11 @@ from data_pipelines.shard_index import (
     ShardIndex,
     changed_shards,
     listing_of,
+    read_index,
     read_members,
     read_sets,
     shards_changed,
+    verify_listing,
 )
 from pretrain import checkpoint
 from pretrain.attention import DTYPES, choose_kernel
@@ -139,7 +141,9 @@ def preflight(
         size = config.data.image_size_px
         backbone = load_frozen(store, config.task.backbone, image_size_px=size)
         model = DiTi(config.task, backbone, image_size_px=size)
-        open_encoded(store, config, index, backbone)
+        if config.data.encoded is not None:
+            open_encoded(store, config, index, backbone)
+            verify_listing(store, read_index(store, config.data.encoded))
         if newest is None:
             load_start(model, store)
     elif not isinstance(config.task, DenoiserTask):

@@ -79,6 +79,15 @@ def test_the_first_rule_that_is_broken_is_named(rule: str, change: dict[str, Any
     assert screen(sample(**change), limited()) == Dropped("filtered", rule)
 
 
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_what_is_no_number_in_json_is_no_score_and_becomes_null(number: str) -> None:
+    odd = sample(json=f'{{"similarity": {number}}}'.encode())
+    assert screen(odd, limited()) == Dropped("filtered", "min_similarity")
+    verdict = screen(odd, CONFIG)
+    assert isinstance(verdict, Kept)
+    assert json.loads(verdict.members["json"])["similarity"] is None
+
+
 def test_a_rule_that_is_null_is_not_asked() -> None:
     bare = sample(json=None, txt=None, jpg=jpeg(400, 60))
     assert isinstance(screen(bare, CONFIG), Kept)

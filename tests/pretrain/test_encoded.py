@@ -143,7 +143,7 @@ def test_a_sample_that_cannot_be_encoded_is_replaced_within_the_budget(tmp_path:
     write_index(STORE, url, shards)
     run(config, local_dir=tmp_path)
     manifest = checkpoint.find(STORE, run_url(config), None)
-    assert manifest.bad_samples.keys() == {"undecodable image"}
+    assert manifest.bad_samples.keys() == {"no latent"}
     assert 0 < sum(manifest.bad_samples.values()) < 32
 
 
