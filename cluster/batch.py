@@ -1,5 +1,7 @@
 """A task on each of many files of a folder, on Ray actors that lease them from the coordinator."""
 
+import hashlib
+import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -43,7 +45,7 @@ def on_each(
         actor: Any = ray.remote(num_cpus=1, max_restarts=3, max_task_retries=3)(_Worker)
         workers = [actor.remote(store, url, task) for _ in range(min(num_workers, len(names)))]
         try:
-            state, results = run_workers(_queue_of(work, task), store, work, workers, on_progress)
+            state, results = run_workers(_name_of(work), store, work, workers, on_progress)
         except (StoreError, RayError) as error:
             raise BatchFailedError(
                 f"work on {url} stopped: {last_line(error)}. What is done is kept; run the same "
@@ -56,6 +58,13 @@ def on_each(
             f"{name}: {reason}. What is done is kept; run the same command again to go on."
         )
     return results
+
+
+def _name_of(work: Work) -> str:
+    """Several drivers share work that is marked; results are of one driver."""
+    if work.out_url is None:
+        return f"batch-{uuid.uuid4().hex[:8]}"
+    return f"batch-{hashlib.sha256(f'{work.out_url}{work.suffix}'.encode()).hexdigest()[:16]}"
 
 
 class _Worker:

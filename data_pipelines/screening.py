@@ -112,7 +112,7 @@ def _metadata(sample: Sample) -> dict[str, Any]:
 
 
 def _finite(text: str) -> float | None:
-    """What is no number in JSON either (img2dataset writes NaN for a score that it lacks) is null."""
+    """JSON has no infinity; so large a number becomes null, as NaN does."""
     number = float(text)
     return number if math.isfinite(number) else None
 

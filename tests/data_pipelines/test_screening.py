@@ -51,6 +51,7 @@ def test_a_sample_that_stays_becomes_a_square_with_its_caption_and_all_that_was_
     assert decode_whole(verdict.members["jpg"]).shape == (64, 64, 3)
     assert verdict.members["txt"] == b"a cat!"
     assert json.loads(verdict.members["json"]) == SCORES | {
+        "caption": "a cat!",
         "raw": {"tar": "0.tar", "key": "7"},
         "width": 64,
         "height": 64,
