@@ -467,6 +467,11 @@ CHANGES = {
     "train.log_every_steps": "train.log_every_steps=5",
     "wandb": "wandb.project=other",
 }
+DIFFUSERS = f"task.backbone={{kind: diffusers, folder: models/a, sha256: {'b' * 64}}}"
+CHANGES_BESIDE_DIFFUSERS = {
+    "data.encoded": "data.encoded=s3://copy/encoded",
+    "task.backbone.folder": "task.backbone.folder=s3://copy/a",
+}
 
 
 def resume(
@@ -499,7 +504,7 @@ def test_the_same_configuration_may_resume(manifest: Manifest):
 
 
 def test_nothing_else_may_change():
-    assert set(MAY_CHANGE) == CHANGES.keys()
+    assert set(MAY_CHANGE) == CHANGES.keys() | CHANGES_BESIDE_DIFFUSERS.keys()
 
 
 @pytest.mark.parametrize("key", CHANGES)
@@ -510,6 +515,14 @@ def test_a_setting_that_decides_nothing_about_the_numbers_may_change(manifest: M
     resume(manifest, config)
     changed = changed_settings(manifest, config)
     assert any(text.startswith(key.replace("sources.*.", "")) for text in changed)
+
+
+@pytest.mark.parametrize("key", CHANGES_BESIDE_DIFFUSERS)
+def test_where_a_model_of_diffusers_and_its_latents_lie_may_change(manifest: Manifest, key: str):
+    before = replace(manifest, config=make_config(DIFFUSERS).model_dump(mode="json"))
+    config = make_config(DIFFUSERS, CHANGES_BESIDE_DIFFUSERS[key])
+    resume(before, config)
+    assert any(text.startswith(key) for text in changed_settings(before, config))
 
 
 def test_every_setting_that_differs_is_listed_with_both_values(manifest: Manifest):
