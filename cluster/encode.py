@@ -65,10 +65,11 @@ def encode_set(
     if store.exists(join(url, INDEX_NAME)):
         return read_index(store, url), encoding
     _work_off(store, config, index, url, num_workers, on_progress)
-    shards = (
+    shards = [
         shard_of_members(url, store.read(join(url, members_name(shard.name))))[0]
         for shard in index.shards
-    )
+    ]
+    verify_listing(store, ShardIndex(url, shards))  # a table says that its tar was there once
     return write_index(store, url, shards), encoding
 
 

@@ -35,7 +35,13 @@ from data_pipelines.preprocessing import (
     write_plan,
 )
 from data_pipelines.resharding import Ints, groups_of
-from data_pipelines.shard_index import INDEX_NAME, ShardIndex, read_index, write_index
+from data_pipelines.shard_index import (
+    INDEX_NAME,
+    ShardIndex,
+    changed_shards,
+    read_index,
+    write_index,
+)
 from data_pipelines.verdicts import Audit
 
 AUDIT = "audit.json"
@@ -81,6 +87,7 @@ def preprocess(
         _pass(store, config, mix_group, config.groups, plans, made, on_progress)
     shards = [shard for name in plans for shard in shards_of_group(store, config, name)]
     audit.check(sum(shard.num_samples for shard in shards))
+    _check_there(store, config, ShardIndex(config.out, shards))
     told = sealed({"work": digest, **audit.to_json()})
     store.write(join(config.out, AUDIT), json.dumps(told, indent=2).encode())
     index = write_index(store, config.out, shards)
@@ -88,9 +95,19 @@ def preprocess(
     return index, audit
 
 
+def _check_there(store: ObjectStore, config: PreprocessConfig, index: ShardIndex) -> None:
+    """Marks say that shards were made; somebody may have taken them away since."""
+    if changed := changed_shards(store, index, store.list(config.out)):
+        shard, problem = next(iter(changed.items()))
+        raise ValueError(
+            f"{len(changed)} shards of {config.out} are no longer what was made, first {shard.name}"
+            f" {problem}; delete {config.out} and {config.work}, and begin anew"
+        )
+
+
 def _tidy(store: ObjectStore, config: PreprocessConfig) -> None:
     """What nobody needs any more goes; verdicts stay, to be looked up."""
-    for info in store.list(config.work):
+    for info in (*store.list(config.staged), *store.list(config.groups)):
         if info.url.endswith((".tar", PLAN)):
             store.delete(info.url)
 
@@ -127,11 +144,12 @@ def _claim(store: ObjectStore, config: PreprocessConfig, raw: Sequence[ObjectInf
 
 
 def _check_vacant(store: ObjectStore, config: PreprocessConfig) -> None:
-    if found := store.list(config.out):
-        raise ValueError(
-            f"{config.out} holds {len(found)} objects already, first {found[0].url}; choose "
-            f"another `out`, or delete that folder"
-        )
+    for url in (config.out, config.work):
+        if found := store.list(url):
+            raise ValueError(
+                f"{url} holds {len(found)} objects already, first {found[0].url}; choose another "
+                f"`out`, or delete that folder if nobody needs it"
+            )
 
 
 def _check_claim(claim: dict[str, Any], data: bytes, config: PreprocessConfig) -> None:
@@ -142,10 +160,11 @@ def _check_claim(claim: dict[str, Any], data: bytes, config: PreprocessConfig) -
             f"{join(config.work, CLAIM)} is damaged ({error}); delete {config.work} and "
             f"{config.out}, and begin anew"
         ) from error
+    before, now = (_settings(each["config"]) for each in (found, claim))
     changed = [
-        f"{name} was {found['config'].get(name)}, is {value}"
-        for name, value in claim["config"].items()
-        if found["config"].get(name) != value
+        f"{name} was {before.get(name)}, is {value}"
+        for name, value in now.items()
+        if before.get(name) != value
     ]
     if found["raw"] != claim["raw"]:
         changed.append("the raw tars are others than when it began")
@@ -154,6 +173,15 @@ def _check_claim(claim: dict[str, Any], data: bytes, config: PreprocessConfig) -
             f"{config.work} is of other work: {'; '.join(changed)}. Choose another `out`, or "
             f"delete {config.work} and {config.out} and begin anew"
         )
+
+
+def _settings(config: dict[str, Any], below: str = "") -> dict[str, Any]:
+    """Every setting by its dotted path."""
+    found: dict[str, Any] = {}
+    for name, value in config.items():
+        inner = isinstance(value, dict)
+        found |= _settings(value, f"{below}{name}.") if inner else {f"{below}{name}": value}
+    return found
 
 
 def _without_duplicates(

@@ -28,11 +28,11 @@ Config = TypeVar("Config", RunConfig, PreprocessConfig)
 class ConfigError(ValueError):
     """A run file or an override is wrong; the message lists every problem."""
 
-    def __init__(self, source: str, problems: Sequence[str]) -> None:
+    def __init__(self, source: str, problems: Sequence[str], what: str = "run") -> None:
         self.problems = tuple(problems)
         count = f"{len(problems)} problem{'s' if len(problems) != 1 else ''}"
         lines = "".join(f"\n  {problem}" for problem in problems)
-        super().__init__(f"{source} is not a valid run: {count}{lines}")
+        super().__init__(f"{source} is not a valid {what}: {count}{lines}")
 
 
 class _Yaml12Loader(yaml.SafeLoader):
@@ -137,7 +137,8 @@ def _parse(kind: type[Config], text: str, overrides: Sequence[str], *, source: s
     except (TypeError, ValueError) as error:
         problems.append(f"holds something JSON cannot: {error}")
     if problems or config is None:
-        raise ConfigError(source, problems)
+        what = "run" if kind is RunConfig else "configuration of preprocessing"
+        raise ConfigError(source, problems, what)
     return config
 
 

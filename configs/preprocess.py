@@ -1,5 +1,6 @@
 """What preprocessing does: raw image-text tars in, training shards out; every field and rule."""
 
+import os
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -67,9 +68,13 @@ class PreprocessConfig(Section):
 
     @model_validator(mode="after")
     def _out_is_not_raw(self) -> Self:
-        raw, out = self.raw.rstrip("/"), self.out.rstrip("/")
-        if raw == out or out.startswith(f"{raw}/") or raw.startswith(f"{out}/"):
-            raise ValueError(f"raw and out must lie beside each other, got {raw} and {out}")
+        raw = _plain(self.raw)
+        for ours in (_plain(self.out), _plain(self.work)):
+            if raw == ours or ours.startswith(f"{raw}/") or raw.startswith(f"{ours}/"):
+                raise ValueError(
+                    f"raw and out must lie beside each other, and raw may not be {self.work}, "
+                    f"which is ours; got {self.raw} and {self.out}"
+                )
         return self
 
     @property
@@ -86,3 +91,9 @@ class PreprocessConfig(Section):
     def groups(self) -> str:
         """Folder of the plans of training shards, and of what was made by them."""
         return f"{self.work}/groups"
+
+
+def _plain(url: str) -> str:
+    """A place in one spelling."""
+    local = url.removeprefix("file://")
+    return url.rstrip("/") if "://" in local else os.path.abspath(local)  # noqa: PTH100 (no Path: it may not exist here)

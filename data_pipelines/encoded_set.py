@@ -20,7 +20,7 @@ from safetensors.numpy import load, save
 
 from configs.loading import sealed, unsealed
 from data_pipelines.decoding import NotEncodedError
-from data_pipelines.object_store import ObjectStore, join
+from data_pipelines.object_store import ObjectMissingError, ObjectStore, join
 from data_pipelines.sample_reader import Sample
 from data_pipelines.shard_index import ShardIndex, read_index
 
@@ -73,6 +73,11 @@ def read_encoding(store: ObjectStore, url: str) -> Encoding:
         EncodedMismatchError: its manifest is damaged.
     """
     where = join(url, MANIFEST)
+    if not store.exists(where):
+        raise ObjectMissingError(
+            f"{url} holds nothing that was encoded; fill it first: `diti data encode RUN.yaml "
+            f"data.encoded={url}`"
+        )
     try:
         return Encoding(**unsealed(json.loads(store.read(where))))
     except (ValueError, TypeError) as error:
@@ -120,9 +125,12 @@ def beside(store: ObjectStore, index: ShardIndex, url: str | None) -> ShardIndex
 
 
 def pack(tensors: Mapping[str, NDArray[Any]]) -> bytes:
-    """A sample's member, in float16."""
+    """A sample's member, in float16. Raises ValueError for what is no finite number there."""
     # Of an array that lies in another order, safetensors takes the bytes as they lie.
-    return save({name: np.ascontiguousarray(a, np.float16) for name, a in tensors.items()})
+    packed = {name: np.ascontiguousarray(a, np.float16) for name, a in tensors.items()}
+    if wrong := [name for name, array in packed.items() if not np.isfinite(array).all()]:
+        raise ValueError(f"{', '.join(wrong)} is no finite number in float16: is the model whole?")
+    return save(packed)
 
 
 def unpack(sample: Sample, shapes: Shapes) -> dict[str, NDArray[np.float16]]:

@@ -26,5 +26,5 @@ def perceptual_hash(pixels_HWC: NDArray[np.uint8]) -> int:
     """Of a square of uint8 RGB pixels; 64 bits."""
     grey = Image.fromarray(pixels_HWC).convert("L")
     small = np.asarray(grey.resize((_SIDE, _SIDE), Image.Resampling.BOX), np.float64)
-    low = (_COSINES @ small @ _COSINES.T).ravel()
+    low = np.round(_COSINES @ small @ _COSINES.T, 3).ravel()  # what rounding makes is no sign
     return int(_BITS[low > np.median(low)].sum())

@@ -51,7 +51,13 @@ def screen_tar(config: PreprocessConfig, store: ObjectStore, url: str, name: str
 
 def read_verdicts(store: ObjectStore, config: PreprocessConfig, name: str) -> Verdicts:
     """Of a tar that was screened. Raises ShardMismatchError for a damaged file."""
-    return Verdicts.from_parquet(store.read(join(config.staged, f"{name}{VERDICTS}")))
+    where = join(config.staged, f"{name}{VERDICTS}")
+    try:
+        return Verdicts.from_parquet(store.read(where))
+    except ShardMismatchError as error:
+        raise ShardMismatchError(
+            f"{where} is damaged ({error}); delete it and run the same command again"
+        ) from error
 
 
 def _judged(table: MemberTable, tar: Tar, name: str, config: PreprocessConfig) -> Iterator[Judged]:
@@ -120,10 +126,21 @@ def mix_group(config: PreprocessConfig, store: ObjectStore, url: str, name: str)
 
 def shards_of_group(store: ObjectStore, config: PreprocessConfig, name: str) -> list[Shard]:
     """What `mix_group` wrote."""
-    lines = json.loads(store.read(join(config.groups, f"{name}{SHARDS}")))
-    return [Shard(**{**line, "folder": config.out}) for line in lines]
+    where = join(config.groups, f"{name}{SHARDS}")
+    try:
+        lines = json.loads(store.read(where))
+        return [Shard(**{**line, "folder": config.out}) for line in lines]
+    except (ValueError, TypeError) as error:
+        raise ShardMismatchError(
+            f"{where} is damaged ({error}); delete it and run the same command again"
+        ) from error
 
 
 def _members(table: MemberTable, tar: Tar, row: int, name: str) -> dict[str, bytes]:
+    if row >= len(table.keys):
+        raise ShardMismatchError(
+            f"the staged tar {name} is not the one that was screened; delete its {VERDICTS} and "
+            f"run the same command again"
+        )
     sample = member_sample(table, row, name, tar, 0, table.extensions)
     return {extension: sample[extension] for extension in table.extensions if extension in sample}

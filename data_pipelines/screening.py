@@ -24,7 +24,7 @@ from data_pipelines.decoding import (
 from data_pipelines.perceptual_hash import perceptual_hash
 from data_pipelines.sample_images import IMAGE_EXTENSIONS
 from data_pipelines.sample_reader import Sample
-from data_pipelines.set_stats import QUANTITIES
+from data_pipelines.set_stats import MOST_OF_A_SCORE, QUANTITIES
 
 Outcome = Literal["kept", "filtered", "failed"]
 SCORES: dict[str, tuple[tuple[str, ...], Callable[[float, float], bool]]] = {
@@ -63,16 +63,16 @@ def screen(sample: Sample, config: PreprocessConfig) -> Kept | Dropped:
         return Dropped("failed", f"no image ({', '.join(IMAGE_EXTENSIONS)})")
     try:
         metadata = _metadata(sample)
-        caption = _caption(sample)
+        caption = _caption(sample, metadata)
         width, height = image_size(image)
         if rule := _broken_rule(config.filters, metadata, caption, width, height):
             return Dropped("filtered", rule)
         pixels = decode_image(image, config.image_size_px)
     except (DecodeError, _UnreadableError) as error:
         return Dropped("failed", _kind_of(error))
-    described = {} if caption is None else {"caption": caption}
-    described |= {
-        **{name: value for name, value in metadata.items() if name != "key"},
+    described = {
+        **{name: value for name, value in metadata.items() if name not in ("key", "caption")},
+        **({} if caption is None else {"caption": caption}),
         "raw": {"tar": sample["__url__"], "key": sample["__key__"]},
         "original_width": width,
         "original_height": height,
@@ -117,13 +117,18 @@ def _finite(text: str) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _caption(sample: Sample) -> str | None:
-    if "txt" not in sample:
-        return None
+def _caption(sample: Sample, metadata: dict[str, Any]) -> str | None:
+    """The text beside the image; without one, the `caption` in its json."""
     try:
-        return sample["txt"].decode()
-    except UnicodeDecodeError as error:
+        if "txt" in sample:
+            return sample["txt"].decode()
+        caption = metadata.get("caption")
+        if isinstance(caption, str):
+            caption.encode()
+            return caption
+    except UnicodeError as error:
         raise _UnreadableError("unreadable caption") from error
+    return None
 
 
 def _broken_rule(
@@ -153,7 +158,7 @@ def _score(metadata: dict[str, Any], names: tuple[str, ...]) -> float:
     for name in names:
         value = metadata.get(name)
         if isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
+            return float(value) if abs(value) <= MOST_OF_A_SCORE else math.nan
     return math.nan
 
 

@@ -10,6 +10,7 @@ Letters: B batch, C channels, H height, W width.
 import hashlib
 import json
 import logging
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -37,6 +38,7 @@ _DENOISERS = (
 )
 _DENOISER_PARTS = ("unet", "transformer")
 _PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline")
+_TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
 _TEXT_PARTS = [f"{part}{n}" for part in ("text_encoder", "tokenizer") for n in ("", "_2", "_3")]
 _READ = (".json", ".safetensors", ".txt", ".model")
 """Endings of files that are taken from a folder."""
@@ -210,6 +212,11 @@ def read_pipeline(
 def _checked_size(model: Any, latents: Latents | None, image_size_px: int | None) -> int:
     """The images' size, which the model can take; a U-Net takes many, a transformer few."""
     factor = latents.factor if latents else 1
+    if not isinstance(model.config.sample_size, int):
+        raise BackboneError(
+            f"the denoiser's config.json has sample_size {model.config.sample_size!r}: one whole "
+            f"number is needed, of a square; fetch it again"
+        )
     made_for = model.config.sample_size * factor
     size = image_size_px or made_for
     if hasattr(model, "up_blocks"):
@@ -316,7 +323,7 @@ def class_of(folder: Path, part: str, allowed: tuple[str, ...]) -> Any:
     Raises:
         BackboneError: it is none of those that are allowed.
     """
-    name = json.loads((folder / part / "config.json").read_text()).get("_class_name")
+    name = json_of(folder / part / "config.json").get("_class_name")
     if name not in allowed:
         raise BackboneError(
             f"{part}/config.json names the class {name!r}; supported are {', '.join(allowed)}"
@@ -361,11 +368,21 @@ def _schedule(folder: Path, url: str) -> tuple[NoiseSchedule, Prediction]:
     file = folder / "scheduler" / "scheduler_config.json"
     if not file.is_file():
         raise BackboneError(f"backbone {url} has no scheduler/scheduler_config.json")
-    config: dict[str, Any] = json.loads(file.read_text())
-    if config["_class_name"].startswith("FlowMatch"):
+    config = json_of(file)
+    if str(config.get("_class_name")).startswith("FlowMatch"):
         return flow_schedule(_FLOW_STEPS, config.get("shift", 1.0)), "flow"
     kind = config.get("prediction_type", "epsilon")
-    scheduler: Any = DDPMScheduler.from_config(config)
+    if kind not in _PREDICTIONS:
+        raise BackboneError(
+            f"backbone {url}: prediction_type {kind!r} in scheduler_config.json is none of "
+            f"{', '.join(_PREDICTIONS)}"
+        )
+    try:
+        scheduler: Any = DDPMScheduler.from_config(config)
+    except (NotImplementedError, TypeError, ValueError) as error:
+        raise BackboneError(
+            f"backbone {url}: scheduler_config.json cannot be used: {error}"
+        ) from error
     return schedule_of(scheduler.alphas_cumprod), _PREDICTIONS[kind]
 
 
@@ -374,6 +391,12 @@ def latents_of(folder: Path, source: Source) -> Latents | None:
         return None
     vae = source.model(folder, "vae", ("AutoencoderKL",))
     config = vae.config
+    factors = (config.scaling_factor, config.shift_factor or 0.0)
+    if not all(isinstance(f, int | float) and math.isfinite(f) for f in factors):
+        raise BackboneError(
+            f"vae/config.json has scaling_factor {config.scaling_factor!r} and shift_factor "
+            f"{config.shift_factor!r}: numbers are needed; fetch it again"
+        )
     return Latents(
         vae=vae,
         scaling_factor=config.scaling_factor,
@@ -412,7 +435,7 @@ def pipeline_of(folder: Path) -> str:
     Raises:
         BackboneError: it is none that is supported.
     """
-    name = json.loads((folder / MODEL_INDEX).read_text())["_class_name"]
+    name = json_of(folder / MODEL_INDEX).get("_class_name")
     if name not in _PIPELINES:
         raise BackboneError(
             f"{MODEL_INDEX} names the pipeline {name!r}; supported are {', '.join(_PIPELINES)}"
@@ -451,15 +474,67 @@ def _text_pipeline(folder: Path, model: nn.Module) -> Any:
     wanted, _ = kind._get_signature_keys(kind)
     denoiser = "transformer" if "transformer" in wanted else "unet"
     read = [part for part in _TEXT_PARTS if (folder / part).is_dir()]
-    return kind.from_pretrained(
-        folder,
-        use_safetensors=True,
-        local_files_only=True,
-        low_cpu_mem_usage=False,
-        dtype=torch.float32,
-        **dict.fromkeys(set(wanted) - {"scheduler", denoiser, *read}),
-        **{denoiser: model},
-    )
+    texts, tokens = ([p for p in read if p.startswith(kind)] for kind in ("text_", "tokenizer"))
+    if not texts or [p.replace("text_encoder", "tokenizer") for p in texts] != tokens:
+        raise BackboneError(
+            f"of text encoders and tokenizers the pipeline has {', '.join(read) or 'none'}: each "
+            f"needs the other; fetch it whole"
+        )
+    encoders = {part: _text_encoder(folder, part) for part in texts}
+    try:
+        return kind.from_pretrained(
+            folder,
+            local_files_only=True,
+            **dict.fromkeys(set(wanted) - {"scheduler", denoiser, *read}),
+            **encoders,
+            **{denoiser: model},
+        )
+    except (OSError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        raise BackboneError(
+            f"tokenizers and text encoders cannot be used: {' '.join(str(error).split())[:300]}; "
+            f"fetch the pipeline whole"
+        ) from error
+
+
+def _text_encoder(folder: Path, part: str) -> nn.Module:
+    """One of the pipeline's, with every weight found."""
+    import transformers
+
+    name = str((json_of(folder / part / "config.json").get("architectures") or [None])[0])
+    if name not in _TEXT_ENCODERS:
+        raise BackboneError(
+            f"{part}/config.json names the architecture {name!r}; supported are "
+            f"{', '.join(_TEXT_ENCODERS)}"
+        )
+    try:
+        model, found = getattr(transformers, name).from_pretrained(
+            folder / part,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            dtype=torch.float32,
+        )
+    except (OSError, RuntimeError, ValueError, TypeError, SafetensorError) as error:
+        raise BackboneError(
+            f"{part} cannot be loaded: {' '.join(str(error).split())[:300]}; fetch it again"
+        ) from error
+    if found["missing_keys"]:  # they would be drawn at random
+        raise BackboneError(
+            f"the weights in {part} do not fit its config.json; missing: "
+            f"{first_few(sorted(found['missing_keys']))}"
+        )
+    return model.requires_grad_(False).eval()
+
+
+def json_of(file: Path) -> dict[str, Any]:
+    """A file of the folder. Raises BackboneError for one that is not there or holds no object."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise BackboneError(f"{file} cannot be read ({error}); fetch it again") from error
+    if not isinstance(found, dict):
+        raise BackboneError(f"{file} holds no JSON object; fetch it again")
+    return found
 
 
 @torch.no_grad()

@@ -192,8 +192,11 @@ def test_other_work_in_the_same_folders_is_refused(
     store: ObjectStore, config: PreprocessConfig
 ) -> None:
     preprocess(store, config)
-    with pytest.raises(AlreadyExistsError, match="image_size_px was 96, is 32"):
+    with pytest.raises(AlreadyExistsError, match=r"of other work: image_size_px was 96, is 32\. C"):
         preprocess(store, config.model_copy(update={"image_size_px": 32}))
+    store.delete_prefix(config.out)
+    with pytest.raises(ValueError, match=r"no longer what was made, first 00000\.tar is missing"):
+        preprocess(store, config)
     store.write(join(config.raw, shard_name(9)), store.read(join(config.raw, shard_name(0))))
     with pytest.raises(AlreadyExistsError, match="the raw tars are others"):
         preprocess(store, config)
@@ -205,6 +208,11 @@ def test_what_cannot_become_a_set_is_refused(store: ObjectStore, config: Preproc
     store.write(join(config.out, "notes.txt"), b"mine")
     with pytest.raises(ValueError, match="holds 1 objects already"):
         preprocess(store, config)
+    elsewhere = config.model_copy(update={"out": f"{config.out}-of"})
+    store.write(join(elsewhere.work, "00000.tar"), b"theirs")
+    with pytest.raises(ValueError, match="-of-work holds 1 objects already"):
+        preprocess(store, elsewhere)
+    assert store.exists(join(elsewhere.work, "00000.tar"))
     nothing = config.filters.model_copy(update={"min_similarity": 2.0})
     with pytest.raises(ValueError, match="nothing of the 80 samples"):
         preprocess(store, config.model_copy(update={"filters": nothing, "out": f"{config.out}2"}))

@@ -30,4 +30,14 @@ def test_copies_are_nearer_than_other_faces() -> None:
 
 
 def test_an_image_of_one_colour_has_a_hash() -> None:
-    assert perceptual_hash(np.full((64, 64, 3), 7, np.uint8)).bit_count() < 64
+    """The same one whatever the colour, and whatever rounds how: nothing is above nothing."""
+    flat = {perceptual_hash(np.full((64, 64, 3), level, np.uint8)) for level in range(256)}
+    assert flat == {0}
+    y, x = np.mgrid[:64, :64] - 31.5
+    disc = np.repeat((np.hypot(x, y) < 20).astype(np.uint8)[..., None] * 255, 3, axis=2)
+    assert perceptual_hash(disc) == perceptual_hash(disc[::-1, ::-1])
+
+
+def test_brightness_of_the_whole_is_not_looked_at() -> None:
+    face = decode_image(draw_avatar(AvatarSpec(size_px=128), 0).jpeg, 128)
+    assert perceptual_hash(face // 2 + 20) == perceptual_hash(face // 2 + 100)

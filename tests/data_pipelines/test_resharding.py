@@ -45,6 +45,15 @@ def test_samples_of_a_shard_come_from_several_tars_and_not_in_order() -> None:
         assert (np.diff(group.sources) < 0).any()
 
 
+def test_tars_and_samples_are_in_an_order_of_their_own() -> None:
+    groups = cut([30] * 10)
+    first_tars = list(dict.fromkeys(np.concatenate([g.sources for g in groups]).tolist()))
+    assert sorted(set(groups[0].sources.tolist())) != [0, 1], "neighbours of a shuffled list"
+    assert sorted(first_tars) == list(range(10))
+    orders = [np.argsort(np.argsort(group.rows + 100 * group.sources)) for group in groups]
+    assert not np.array_equal(orders[0], orders[1]), "each group is shuffled in its own way"
+
+
 def test_the_seed_and_nothing_else_decides() -> None:
     def places(seed: int) -> list[list[int]]:
         return [group.sources.tolist() for group in cut([30] * 10, seed=seed)]

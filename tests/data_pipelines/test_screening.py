@@ -80,13 +80,32 @@ def test_the_first_rule_that_is_broken_is_named(rule: str, change: dict[str, Any
     assert screen(sample(**change), limited()) == Dropped("filtered", rule)
 
 
-@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+@pytest.mark.parametrize(
+    ("txt", "told", "caption"),
+    [
+        (b"beside", '"inside"', "beside"),
+        (b"beside", "null", "beside"),
+        (None, '"inside"', "inside"),
+        (None, "7", None),
+    ],
+)
+def test_there_is_one_caption_and_the_text_beside_the_image_comes_first(
+    txt: bytes | None, told: str, caption: str | None
+) -> None:
+    verdict = screen(sample(txt=txt, json=f'{{"caption": {told}}}'.encode()), CONFIG)
+    assert isinstance(verdict, Kept)
+    assert json.loads(verdict.members["json"]).get("caption") == caption
+    assert verdict.members.get("txt") == (caption.encode() if caption else None)
+
+
+@pytest.mark.parametrize("number", ["NaN", "1" + 400 * "0", "Infinity", "-Infinity", "1e999"])
 def test_what_is_no_number_in_json_is_no_score_and_becomes_null(number: str) -> None:
     odd = sample(json=f'{{"similarity": {number}}}'.encode())
     assert screen(odd, limited()) == Dropped("filtered", "min_similarity")
     verdict = screen(odd, CONFIG)
     assert isinstance(verdict, Kept)
-    assert json.loads(verdict.members["json"])["similarity"] is None
+    kept = json.loads(verdict.members["json"])["similarity"]
+    assert kept is None or kept == int(number)
 
 
 def test_a_rule_that_is_null_is_not_asked() -> None:
@@ -106,6 +125,7 @@ def test_a_rule_that_is_null_is_not_asked() -> None:
         ("unreadable json", {"json": b"[]"}),
         ("unreadable json", {"json": b"[" * 100_000}),
         ("unreadable caption", {"txt": b"\xff"}),
+        ("unreadable caption", {"txt": None, "json": rb'{"caption": "\ud800"}'}),
     ],
 )
 def test_a_fault_is_named_by_its_kind(why: str, change: dict[str, Any]) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import diffusers
@@ -230,3 +232,50 @@ def test_a_size_that_the_model_cannot_take_is_refused(tmp_path, kind, size, says
     with pytest.raises(BackboneError, match=says):
         load_diffusers(STORE, config, image_size_px=size)
     assert unpinned_diffusers(STORE, url).image_size_px == 16
+
+
+def _edited(part: str, **changes: object) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        file = folder / part
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return edit
+
+
+def _without_a_weight(folder: Path) -> None:
+    file = folder / "text_encoder" / "model.safetensors"
+    weights = load_file(file)
+    del weights[sorted(weights)[0]]
+    save_file(weights, file, {"format": "pt"})
+
+
+def _cut(folder: Path) -> None:
+    file = folder / "text_encoder" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:500])
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (_without_a_weight, r"weights in text_encoder do not fit its config\.json; missing: "),
+        (_cut, "text_encoder cannot be loaded"),
+        (lambda folder: shutil.rmtree(folder / "text_encoder"), "each needs the other"),
+        (lambda folder: shutil.rmtree(folder / "tokenizer"), "each needs the other"),
+        (_edited("text_encoder/config.json", architectures=["Evil"]), "architecture 'Evil'"),
+        (lambda folder: (folder / "text_encoder" / "config.json").write_text("{"), "be read"),
+        (lambda folder: (folder / "model_index.json").write_text("[]"), "holds no JSON object"),
+        (
+            _edited("scheduler/scheduler_config.json", prediction_type="x"),
+            "'x' in scheduler_config",
+        ),
+        (_edited("scheduler/scheduler_config.json", beta_schedule="x"), "cannot be used"),
+        (_edited("unet/config.json", sample_size=None), "sample_size None"),
+        (_edited("vae/config.json", scaling_factor=None), "scaling_factor None"),
+    ],
+)
+def test_a_broken_part_is_refused_by_name(
+    folder: Path, harm: Callable[[Path], None], message: str
+) -> None:
+    harm(folder)
+    with pytest.raises(BackboneError, match=message):
+        unpinned_diffusers(STORE, str(folder))

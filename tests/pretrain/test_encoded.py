@@ -9,9 +9,10 @@ import torch
 
 from configs.loading import ConfigError, parse_run
 from configs.schema import RunConfig
-from data_pipelines.encoded_set import EncodedMismatchError, unpack, write_encoding
+from data_pipelines.encoded_set import EncodedMismatchError, pack, unpack, write_encoding
 from data_pipelines.object_store import ObjectMissingError, ObjectStore
 from data_pipelines.sample_images import decode_sample
+from data_pipelines.sample_labels import caption_in
 from data_pipelines.sample_reader import iter_shard
 from data_pipelines.shard_index import ShardIndex, read_index, write_index
 from data_pipelines.tar_members import ShardMismatchError
@@ -106,8 +107,17 @@ def test_a_caption_is_told_of_its_own_image(tmp_path: Path, kind: str) -> None:
     config = make(kind, tmp_path, CAPTION, "train.log_every_steps=1")
     backbone = load_diffusers(STORE, config.task.backbone, image_size_px=16)
     names = {"prompt"} if kind == "stable-diffusion" else {"prompt", "pooled"}
-    _, shapes = open_encoded(STORE, config, read_index(STORE, config.data.shards), backbone)
+    index, shapes = open_encoded(STORE, config, read_index(STORE, config.data.shards), backbone)
     assert set(shapes) == {"latent"} | names
+    encoders = load_encoders(STORE, config, torch.device("cpu"))
+    assert encoders.captions is not None
+    shard = index.shards[1]
+    assert shard.sibling is not None
+    pairs = zip(iter_shard(STORE, shard), iter_shard(STORE, shard.sibling), strict=True)
+    for image, made in pairs:
+        for name, embedding in encoders.captions([caption_in(image)]).items():
+            found = torch.from_numpy(unpack(made, shapes)[name]).float()
+            torch.testing.assert_close(found, embedding[0], atol=FLOAT16, rtol=FLOAT16)
     told = losses(config, tmp_path)
     nothing = config.model_copy(update={"name": "nothing", "task": config.task.model_copy(
         update={"backbone": config.task.backbone.model_copy(update={"condition": "none"})}
@@ -223,6 +233,12 @@ def test_settings_that_do_not_go_together_are_refused_when_they_are_read(tmp_pat
     ):
         with pytest.raises(ConfigError, match=message):
             parse_run(text, overrides)
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, 1e6])
+def test_what_is_no_finite_number_in_float16_is_not_kept(number: float) -> None:
+    with pytest.raises(ValueError, match="latent is no finite number in float16"):
+        pack({"latent": np.array([0.0, number])})
 
 
 def test_tensors_are_kept_in_float16(tmp_path: Path) -> None:
