@@ -77,7 +77,7 @@ def replay(config: RunConfig, step: int, allow_change: Sequence[str] = ()) -> Re
     model.train()
     order = sample_order(config, index)
     batches = open_batches(
-        store, index, order, config, plan, world, backbone, first_batch=manifest.step
+        store, index, order, config, plan, world, first_batch=manifest.step, backbone=backbone
     )
 
     samples: list[ReplayedSample] = []

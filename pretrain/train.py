@@ -135,7 +135,9 @@ def run(
     )
 
     # --- loop --------------------------------------------------------------------------------
-    batches = open_batches(store, index, order, config, plan, world, backbone, first_batch=step)
+    batches = open_batches(
+        store, index, order, config, plan, world, first_batch=step, backbone=backbone
+    )
     window, watch = Window(), LossWatch()
     model.train()
     progress: Progress | None = None
@@ -301,9 +303,9 @@ def open_batches(
     config: RunConfig,
     plan: RunPlan,
     world: World,
-    backbone: Frozen | None,
     *,
     first_batch: int,
+    backbone: Frozen | None = None,
 ) -> Iterator[Batch]:
     """This rank's micro-batches, from global batch number `first_batch` on.
 

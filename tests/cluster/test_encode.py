@@ -64,6 +64,7 @@ def test_a_set_is_encoded_beside_its_images_and_goes_on_where_it_was(
     assert encode_set(config, num_workers=1)[0].digest == index.digest
 
 
+@pytest.mark.faults
 def test_a_folder_of_other_work_is_refused(store: ObjectStore, config: RunConfig) -> None:
     url = str(config.data.encoded)
     store.write(join(url, "mine.txt"), b"mine")

@@ -176,6 +176,7 @@ def test_workers_that_are_killed_and_a_driver_that_stops_change_nothing(
     assert preprocess(store, config) == (again, audit), "done: nothing is left to do"
 
 
+@pytest.mark.faults
 def test_a_tar_that_is_cut_is_named_and_left_out(
     store: ObjectStore, config: PreprocessConfig
 ) -> None:

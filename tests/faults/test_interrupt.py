@@ -148,9 +148,8 @@ def test_a_run_that_is_terminated_while_ray_starts_says_so(tmp_path) -> None:
     interrupt(process, signal.SIGTERM)
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.faults)]
-)
+@pytest.mark.faults
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_rendering_leaves_no_process_and_no_set(tmp_path, number) -> None:
     command = ("data", "make", "avatars", "--count", "100000", "--rows-per-shard", "100")
     process = start(tmp_path, *command, "--out", "out", "--workers", "2")

@@ -127,7 +127,7 @@ def test_inspecting_a_backbone_reads_its_card() -> None:
     assert (found["kind"], found["image_size_px"], found["prediction"]) == (
         "backbone",
         32,
-        "epsilon",
+        "v",
     )
     assert found["parts"]["backbone"]["parameters"] > 0
     assert "backbone" in done(diti("backbone", "inspect", url))

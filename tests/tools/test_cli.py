@@ -188,6 +188,7 @@ def test_an_export_is_of_one_run_or_of_one_file(tmp_path) -> None:
     refused(diti("export", "--checkpoint", denoiser, *options), denoiser, "without an encoder")
 
 
+@pytest.mark.slow
 def test_training_can_start_from_the_folder_of_another_run(
     tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

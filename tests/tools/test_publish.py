@@ -253,7 +253,7 @@ def test_the_packaged_backbone_has_a_card(tmp_path: Path) -> None:
     _, sections = card_of(tmp_path / "out")
     backbone = dict(cells(sections["Backbone it was trained against"]))
     assert backbone["file"] == "builtin/avatars32.safetensors"
-    assert backbone["images it was trained on"] == "280,000"
+    assert backbone["images it was trained on"] == "220,032"
 
 
 def test_an_untrained_encoder_and_batch_norm_are_said(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def lines(found: Pass) -> str:
         f"forward {found.forward_seconds:.1f} s, backward {found.backward_seconds:.1f} s, "
         f"loss {found.loss:.4f}, gradient norm {found.gradient_norm:.4g}\n"
         f"peak {found.peak / 2**20:,.0f} MiB, planned {found.planned / 2**20:,.0f} "
-        f"(planned / measured {found.planned / found.peak:.2f})\n"
+        f"(measured / planned {found.peak / found.planned:.2f})\n"
         f"frozen weights {moved}: {found.frozen_before[:16]}, then {found.frozen_after[:16]}"
     )
 
