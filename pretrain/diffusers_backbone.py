@@ -333,7 +333,18 @@ def class_of(folder: Path, part: str, allowed: tuple[str, ...]) -> Any:
 
 def _load(folder: Path, part: str, allowed: tuple[str, ...]) -> Any:
     """One model of the folder, with every weight found and none left over."""
-    kind = class_of(folder, part, allowed)
+    model, found = _loaded(class_of(folder, part, allowed), folder, part, low_cpu_mem_usage=False)
+    problems = {what: found[what] for what in ("missing_keys", "unexpected_keys") if found[what]}
+    if problems:
+        listed = "; ".join(
+            f"{what.split('_')[0]}: {first_few(sorted(keys))}" for what, keys in problems.items()
+        )
+        raise BackboneError(f"the weights in {part} do not fit its config.json; {listed}")
+    return model
+
+
+def _loaded(kind: Any, folder: Path, part: str, **more: bool) -> tuple[Any, dict[str, Any]]:
+    """A frozen part by its class's own loader, and what that says of its keys."""
     if not list((folder / part).glob("*.safetensors")):
         raise BackboneError(
             f"{part} holds no weights in safetensors, the only format that is read; save the model "
@@ -344,22 +355,16 @@ def _load(folder: Path, part: str, allowed: tuple[str, ...]) -> Any:
             folder / part,
             use_safetensors=True,
             local_files_only=True,
-            low_cpu_mem_usage=False,
             output_loading_info=True,
             dtype=torch.float32,
+            **more,
         )
     except (OSError, RuntimeError, ValueError, TypeError, SafetensorError) as error:
         raise BackboneError(
             f"{part} cannot be loaded: {' '.join(str(error).split())[:300]}; fetch it again, or "
             f"use weights and config.json of the same model"
         ) from error
-    problems = {what: found[what] for what in ("missing_keys", "unexpected_keys") if found[what]}
-    if problems:
-        listed = "; ".join(
-            f"{what.split('_')[0]}: {first_few(sorted(keys))}" for what, keys in problems.items()
-        )
-        raise BackboneError(f"the weights in {part} do not fit its config.json; {listed}")
-    return model.requires_grad_(False).eval()
+    return model.requires_grad_(False).eval(), found
 
 
 def _schedule(folder: Path, url: str) -> tuple[NoiseSchedule, Prediction]:
@@ -474,7 +479,7 @@ def _text_pipeline(folder: Path, model: nn.Module) -> Any:
     wanted, _ = kind._get_signature_keys(kind)
     denoiser = "transformer" if "transformer" in wanted else "unet"
     read = [part for part in _TEXT_PARTS if (folder / part).is_dir()]
-    texts, tokens = ([p for p in read if p.startswith(kind)] for kind in ("text_", "tokenizer"))
+    texts, tokens = ([p for p in read if p.startswith(start)] for start in ("text_", "tokenizer"))
     if not texts or [p.replace("text_encoder", "tokenizer") for p in texts] != tokens:
         raise BackboneError(
             f"of text encoders and tokenizers the pipeline has {', '.join(read) or 'none'}: each "
@@ -506,24 +511,13 @@ def _text_encoder(folder: Path, part: str) -> nn.Module:
             f"{part}/config.json names the architecture {name!r}; supported are "
             f"{', '.join(_TEXT_ENCODERS)}"
         )
-    try:
-        model, found = getattr(transformers, name).from_pretrained(
-            folder / part,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-            dtype=torch.float32,
-        )
-    except (OSError, RuntimeError, ValueError, TypeError, SafetensorError) as error:
-        raise BackboneError(
-            f"{part} cannot be loaded: {' '.join(str(error).split())[:300]}; fetch it again"
-        ) from error
+    model, found = _loaded(getattr(transformers, name), folder, part)
     if found["missing_keys"]:  # they would be drawn at random
         raise BackboneError(
             f"the weights in {part} do not fit its config.json; missing: "
             f"{first_few(sorted(found['missing_keys']))}"
         )
-    return model.requires_grad_(False).eval()
+    return model
 
 
 def json_of(file: Path) -> dict[str, Any]:

@@ -36,8 +36,8 @@ def to_tensors(
         global_batch=config.train.global_batch,
         noise_shape=noise_shape(model, config.data.image_size_px),
     )
-    mirrored = drawn.flip_B.to(device)[:, None, None, None]
     if config.data.horizontal_flip:
+        mirrored = drawn.flip_B.to(device)[:, None, None, None]
         images = torch.where(mirrored, images.flip(3), images)
     if isinstance(model, Classifier):
         return images, torch.from_numpy(batch.labels).to(device)
@@ -45,7 +45,8 @@ def to_tensors(
     if isinstance(model, OfTimesteps):
         t_B = torch.from_numpy(model.timesteps.quantile(drawn.place_B))
         made = {name: torch.from_numpy(a).to(device).float() for name, a in batch.encoded.items()}
-        if config.data.horizontal_flip and made:
+        if "mirrored" in made:
+            mirrored = drawn.flip_B.to(device)[:, None, None, None]
             made["latent"] = torch.where(mirrored, made.pop("mirrored"), made["latent"])
         return images, t_B.to(device), noise, *made.values()
     return images, noise
